@@ -1,0 +1,718 @@
+"""TSLD: token-scaled logit distillation for ternary-weight generative language models, in one file.
+
+After Kim et al., "Token-Scaled Logit Distillation for Ternary Weight Generative Language Models", NeurIPS 2023
+(arXiv:2308.06744); the authors' own program is github.com/aiha-lab/TSLD.
+
+A language model spends its time reading weights from memory. Make every weight one of {-1, 0, +1} times a scale α and
+it needs 2 bits instead of 32, and a matrix product needs no multiplications. Rounding a trained model that coarsely
+destroys it, so the ternary *student* is trained with the rounding in the loop (quantization-aware training, QAT) to
+give the same next-token distribution as its full-precision *teacher*. TSLD says how much each token counts:
+
+    L = Σ_n  softmax_n( -Σ_i y_ni log P^T_ni / τ )  ·  Σ_i -P^T_ni log P^S_ni
+             └─ token_scale: how unsure the     ┘      └─ kd: cross-entropy of student ┘
+                teacher is of the true token             against teacher
+
+Symbols, and what they are called below:
+
+    n, N     a token's position in its sequence, and the sequence's length     dimension T
+    i, V     an entry of the vocabulary, and the vocabulary's size             dimension V
+    y_n      the true next token at position n (one-hot in the formula)        targets          (B, T)
+    P^T      the teacher's next-token distribution                             teacher_logits   (B, T, V)
+    P^S      the student's next-token distribution                             student_logits   (B, T, V)
+    τ        temperature of the token scale: 1 as printed, 10 in the paper's   temperature
+             experiments; τ → ∞ weights all tokens alike: plain logit distillation
+    Δ        weights with magnitude up to Δ become 0                           threshold
+    α        the one magnitude that all other weights get                      scale
+    B, C, H  sequences in a batch, width of the model (n_embd), attention heads
+
+Contents, in reading order:
+
+    1. Quantizers    weights to codes and a scale, with a gradient all the same
+    2. GPT           GPT-2, and text from it
+    3. Losses        three numbers per token, and the five published ways to weigh them
+    4. Training      the loop, evaluation, checkpoints
+
+Losses are in nats unless a name says bits. Tensors keep their device and dtype unless a docstring says otherwise.
+"""
+
+import hashlib
+import math
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 1. Quantizers
+#
+# A weight matrix (out, in) becomes small integers, the codes, and one float32 scale for the whole matrix ("tensor")
+# or for each of its rows, the output channels ("channel").
+
+
+def _group(granularity):
+    """The dimensions that share one scale; reducing over them with keepdim leaves (1, 1) or (out, 1)."""
+    if granularity not in ("tensor", "channel"):
+        raise ValueError(f"granularity must be 'tensor' or 'channel', not {granularity!r}")
+    return (0, 1) if granularity == "tensor" else (1,)
+
+
+def ternarize(weight, granularity="tensor"):
+    """Ternary weight network (TWN) quantizer: w ≈ α · codes, the 2-bit (W2) rows of the paper's table 1.
+
+        Δ = 0.7 · mean|w|        α = mean of |w| where |w| > Δ        codes = sign(w) where |w| > Δ, else 0
+
+    weight: (out, in), any float dtype. Returns codes, int8 (out, in) in {-1, 0, +1}, and scale, float32 (1, 1) for
+    "tensor", (out, 1) for "channel". A group of zeros gets scale 0. Source of Δ and α: Li et al., "Ternary Weight
+    Networks", 2016. ValueError: an unknown granularity.
+    """
+    group = _group(granularity)
+    w = weight.detach().float()
+    magnitude = w.abs()
+    threshold = 0.7 * magnitude.mean(group, keepdim=True)
+    kept = magnitude > threshold
+    scale = (magnitude * kept).sum(group, keepdim=True) / kept.sum(group, keepdim=True).clamp(min=1)
+    codes = (w.sign() * kept).to(torch.int8)
+    return codes, scale
+
+
+def quantize_int4(weight, granularity="tensor"):
+    """Asymmetric 4-bit round-to-nearest: w ≈ scale · (codes - zero_point), the W4 rows of the paper's table 1.
+
+        low = min(w, 0)   high = max(w, 0)   scale = (high - low) / 15   zero_point = round(-low / scale)
+
+    The range always includes 0, so that 0 stays exactly 0 and weights all of one sign are not clipped.
+
+    weight: (out, in), any float dtype. Returns codes, uint8 (out, in) in 0..15; scale, float32, and zero_point, int32
+    in 0..15, both (1, 1) for "tensor", (out, 1) for "channel". A group of zeros gets scale 0.
+    ValueError: an unknown granularity.
+    """
+    group = _group(granularity)
+    w = weight.detach().float()
+    low = w.amin(group, keepdim=True).clamp(max=0)
+    high = w.amax(group, keepdim=True).clamp(min=0)
+    scale = (high - low) / 15
+    divisor = torch.where(scale > 0, scale, 1.0)  # a group of zeros: 0 / 1 instead of 0 / 0
+    zero_point = (-low / divisor).round().clamp(0, 15)
+    codes = ((w / divisor).round() + zero_point).clamp(0, 15)
+    return codes.to(torch.uint8), scale, zero_point.to(torch.int32)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Rounding has gradient 0 almost everywhere and would stop all learning, so the backward pass leaves it out:
+    forward w → ŵ, backward ∂L/∂w := ∂L/∂ŵ (the straight-through estimator)."""
+
+    @staticmethod
+    def forward(ctx, weight, bits, granularity):
+        if bits == 2:
+            codes, scale = ternarize(weight, granularity)
+            return (scale * codes).to(weight.dtype)
+        codes, scale, zero_point = quantize_int4(weight, granularity)
+        return (scale * (codes - zero_point)).to(weight.dtype)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return grad_output, None, None
+
+
+def fake_quantize(weight, bits=2, granularity="tensor"):
+    """The weight after quantizing and back, (out, in) in the weight's own dtype: forward exactly the dequantized
+    value, backward the identity. bits: 2 (ternary) or 4. ValueError: other bits, or an unknown granularity."""
+    if bits not in (2, 4):
+        raise ValueError(f"bits must be 2 or 4, not {bits!r}")
+    return _StraightThrough.apply(weight, bits, granularity)
+
+
+class QuantLinear(nn.Linear):
+    """A linear layer that keeps its weight in full precision, to be trained, and computes with the quantized one."""
+
+    def __init__(self, in_features, out_features, bias=True, bits=2, granularity="tensor"):
+        super().__init__(in_features, out_features, bias=bias)
+        self.bits, self.granularity = bits, granularity
+
+    def forward(self, x):  # (..., in) -> (..., out)
+        return F.linear(x, fake_quantize(self.weight, self.bits, self.granularity), self.bias)
+
+    def extra_repr(self):
+        return f"{super().extra_repr()}, bits={self.bits}, granularity={self.granularity!r}"
+
+
+def _is_conv1d(module):
+    """transformers' Conv1D: a linear layer whose weight is stored (in, out); known by name, so nothing is imported."""
+    return type(module).__name__ == "Conv1D" and module.weight.shape == (module.nx, module.nf)
+
+
+def _is_output_head(model, name, module):
+    """The layer that makes logits: what the model itself says, else one tied to an embedding, else one by its name."""
+    if callable(getattr(model, "get_output_embeddings", None)):
+        return module is model.get_output_embeddings()
+    embeddings = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
+    return any(module.weight is e for e in embeddings) or name.split(".")[-1] in ("lm_head", "head")
+
+
+def quantize_model(model, bits=2, granularity="tensor"):
+    """Replaces every nn.Linear (and transformers' Conv1D) of any torch module by a QuantLinear, in place.
+
+    Embeddings, norms and the output head stay in full precision, as in the paper. The new layers hold the very
+    parameters of the old ones, so nothing is copied (Conv1D's are transposed). Returns the same model.
+    ValueError: other bits than 2 and 4, an unknown granularity, or no layer to quantize.
+    """
+    fake_quantize(torch.zeros(1, 1), bits, granularity)  # refuse bad arguments before anything is changed
+    targets = {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)  # a shared layer has several names
+        if name and (isinstance(module, nn.Linear) or _is_conv1d(module)) and not _is_output_head(model, name, module)
+    }
+    if not targets:
+        raise ValueError(f"{type(model).__name__} has no linear layer to quantize")
+    for name, old in targets.items():
+        weight = old.weight
+        if _is_conv1d(old):
+            weight = nn.Parameter(old.weight.detach().t().contiguous(), old.weight.requires_grad)
+        with torch.device("meta"):  # allocates nothing: the parameters come from the old layer
+            new = QuantLinear(weight.shape[1], weight.shape[0], old.bias is not None, bits, granularity)
+        new.weight, new.bias = weight, old.bias
+        model.set_submodule(name, new.train(old.training))
+    return model
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 2. Bit packing
+#
+# A ternary code needs 2 bits: code + 1 is 0, 1 or 2. Four to a byte, the weights take 1/16 of their FP32 size. A row of
+# `in` codes is cut into 4 quarters of K = ceil(in / 4), the last one padded with code 0; byte i of the row holds weight
+# i of each quarter, quarter j in bits 2j and 2j + 1. So one shift and one mask of all the bytes give a whole quarter,
+# in order.
+
+
+def pack_ternary(codes):
+    """codes: int8 (out, in) in {-1, 0, +1} -> uint8 (out, ceil(in / 4))."""
+    columns = -(-codes.shape[1] // 4)  # K
+    quarters = F.pad(codes, (0, 4 * columns - codes.shape[1])).view(-1, 4, columns) + 1  # (out, 4, K) in {0, 1, 2}
+    shifts = torch.tensor([0, 2, 4, 6], device=codes.device)[:, None]
+    return (quarters.int() << shifts).sum(1).to(torch.uint8)
+
+
+def unpack_ternary(packed, in_features):
+    """packed: uint8 (out, ceil(in / 4)) -> codes int8 (out, in)."""
+    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=packed.device)[:, None]
+    quarters = ((packed[:, None] >> shifts) & 3).to(torch.int8) - 1  # (out, 4, K)
+    return quarters.flatten(1)[:, :in_features]
+
+
+def ternary_matmul(x, packed, scale):
+    """x @ (scale · codes).T. x: (..., in), any float dtype; packed: uint8 (out, ceil(in / 4)); scale: float32 (1, 1) or
+    (out, 1). Returns (..., out) in x's dtype, accumulated in float32."""
+    codes = unpack_ternary(packed, x.shape[-1]).float()  # (out, in)
+    return (x.float() @ codes.t() * scale.flatten()).to(x.dtype)
+
+
+class PackedLinear(nn.Module):
+    """A linear layer with its ternary weights packed, 2 bits each."""
+
+    def __init__(self, in_features, packed, scale, bias=None):
+        super().__init__()
+        self.in_features = in_features
+        self.register_buffer("packed", packed)  # uint8 (out, ceil(in / 4))
+        self.register_buffer("scale", scale)  # float32 (1, 1) or (out, 1)
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+
+    def forward(self, x):  # (..., in) -> (..., out)
+        y = ternary_matmul(x, self.packed, self.scale)
+        return y if self.bias is None else y + self.bias
+
+
+def pack_model(model):
+    """Replaces every 2-bit QuantLinear by a PackedLinear, in place; 4-bit ones stay. Returns the same model.
+    ValueError: there is none."""
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear) and m.bits == 2}
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no 2-bit QuantLinear layer to pack")
+    for name, layer in layers.items():
+        codes, scale = ternarize(layer.weight, layer.granularity)
+        model.set_submodule(name, PackedLinear(layer.in_features, pack_ternary(codes), scale, layer.bias))
+    return model.eval()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. GPT
+#
+# GPT-2 (Radford et al., 2019): learned positions, layer norm before each sublayer, biases everywhere, GELU in its tanh
+# approximation, output head tied to the token embedding. Parameter names and shapes are those of the published weights
+# (there c_attn, c_proj and c_fc are stored transposed).
+
+
+@dataclass
+class GPTConfig:
+    """Shape of a GPT; the defaults are GPT-2 small's (124 million parameters)."""
+
+    block_size: int = 1024  # longest sequence, in tokens
+    vocab_size: int = 50257
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+
+
+class Trace(NamedTuple):
+    """What layer-to-layer distillation and the figures look at besides the logits."""
+
+    logits: torch.Tensor  # (B, T, V)
+    hidden_states: list  # n_layer + 1 of (B, T, C): after the embedding and after each block, before the final norm
+    attention_scores: list  # n_layer of (B, H, T, T): q·k/√d, before mask and softmax
+
+
+class Cache(NamedTuple):
+    """The keys and values of the positions seen so far, so that generating a token computes only that token."""
+
+    keys: list  # n_layer of (B, H, S, C / H), S = room for positions
+    values: list  # likewise
+    positions: torch.Tensor  # (T,) where the tokens of this call stand, 0..S-1
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention: position n sees positions up to n. The early tokens' quantization errors reach
+    every later token through it (slide "Approach: Logit KD for Cumulative Quantization Error")."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x, cache=None, layer=None, scores=None):
+        """x: (B, T, C) -> (B, T, C). `scores`, a list, gets the (B, H, T, T) attention scores appended."""
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, C/H)
+        dropout = self.dropout if self.training else 0.0
+        if scores is not None:
+            score = q @ k.transpose(-2, -1) / math.sqrt(k.shape[-1])  # (B, H, T, T)
+            scores.append(score)
+            future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
+            probability = F.dropout(score.masked_fill(future, -math.inf).softmax(-1), dropout)
+            y = probability @ v
+        elif cache is not None:
+            keys = cache.keys[layer].index_copy_(2, cache.positions, k)
+            values = cache.values[layer].index_copy_(2, cache.positions, v)
+            past = torch.arange(keys.shape[2], device=x.device) <= cache.positions[:, None]  # (T, S)
+            y = F.scaled_dot_product_attention(q, keys, values, attn_mask=past)
+        elif x.device.type == "cpu":  # where the fused kernel's bfloat16 backward is slower than its float32 one
+            with torch.autocast("cpu", enabled=False):
+                q, k, v = q.float(), k.float(), v.float()
+                y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+        y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        return F.dropout(y, dropout)
+
+
+class MLP(nn.Module):
+    """The position-wise half of a block: (B, T, C) -> (B, T, 4C) -> (B, T, C)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.dropout = config.dropout
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        x = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        return F.dropout(x, self.dropout, self.training)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + MLP(norm(x))."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1, self.attn = nn.LayerNorm(config.n_embd), Attention(config)
+        self.ln_2, self.mlp = nn.LayerNorm(config.n_embd), MLP(config)
+
+    def forward(self, x, cache=None, layer=None, scores=None):
+        x = x + self.attn(self.ln_1(x), cache, layer, scores)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """GPT-2. `model(ids)` gives logits, `model(ids, trace=True)` a Trace, `model.generate(ids, n)` n more tokens.
+
+    ids: int64 (B, T), T ≤ block_size, else ValueError.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        if config.n_embd % config.n_head:
+            raise ValueError(f"n_embd {config.n_embd} is not a multiple of n_head {config.n_head}")
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # tokens
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)  # positions
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.weight = self.wte.weight
+        for name, parameter in self.named_parameters():  # GPT-2's initialization
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif "ln_" not in name:
+                residual = name.endswith("c_proj.weight")  # 2 per block add up on the residual path
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
+
+    def hidden(self, ids, cache=None, hidden_states=None, scores=None):
+        """ids (B, T) -> (B, T, C) after the final norm; logits are hidden @ head.T.
+        `hidden_states` and `scores`, lists, get what a Trace holds appended."""
+        if ids.shape[1] > self.config.block_size:
+            raise ValueError(f"{ids.shape[1]} tokens do not fit block_size {self.config.block_size}")
+        positions = torch.arange(ids.shape[1], device=ids.device) if cache is None else cache.positions
+        x = self.wte(ids) + self.wpe(positions)  # (B, T, C)
+        x = F.dropout(x, self.config.dropout, self.training)
+        if hidden_states is not None:
+            hidden_states.append(x)
+        for layer, block in enumerate(self.h):
+            x = block(x, cache, layer, scores)
+            if hidden_states is not None:
+                hidden_states.append(x)
+        return self.ln_f(x)
+
+    def forward(self, ids, trace=False):
+        hidden_states, scores = ([], []) if trace else (None, None)
+        logits = self.lm_head(self.hidden(ids, hidden_states=hidden_states, scores=scores))
+        return Trace(logits, hidden_states, scores) if trace else logits
+
+    @torch.no_grad()
+    def generate(self, ids, max_new_tokens, temperature=1.0, top_k=None):
+        """Continues each row of ids (B, T) by sampling from softmax(logits / temperature), among the `top_k` likeliest
+        tokens where given; temperature 0 takes the likeliest. Returns (B, T + max_new_tokens), the prompt in front.
+        ValueError: an empty prompt, or T + max_new_tokens > block_size."""
+        B, T = ids.shape
+        room = T + max_new_tokens
+        if T == 0:
+            raise ValueError("the prompt is empty: generation needs at least one token to start from")
+        if room > self.config.block_size:
+            raise ValueError(
+                f"a prompt of {T} tokens and {max_new_tokens} new ones do not fit block_size {self.config.block_size}"
+            )
+        was_training = self.training
+        self.eval()
+        shape = (B, self.config.n_head, room, self.config.n_embd // self.config.n_head)
+        keys, values = ([self.wpe.weight.new_zeros(shape) for _ in self.h] for _ in range(2))
+        seen, new = 0, ids
+        for _ in range(max_new_tokens):
+            positions = torch.arange(seen, seen + new.shape[1], device=ids.device)
+            logits = self.lm_head(self.hidden(new, Cache(keys, values, positions))[:, -1]).float()  # (B, V)
+            seen += new.shape[1]
+            if temperature == 0:
+                new = logits.argmax(-1, keepdim=True)  # (B, 1)
+            else:
+                logits = logits / temperature
+                if top_k is not None:
+                    least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
+                    logits = logits.masked_fill(logits < least, -math.inf)
+                new = torch.multinomial(logits.softmax(-1), 1)
+            ids = torch.cat((ids, new), 1)
+        self.train(was_training)
+        return ids
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. Losses
+#
+# Every loss here weighs the same three numbers per token, each (B, T), in nats. So they are computed once, and each
+# published loss is a line or two on top of them.
+
+LOSSES = ("gt", "logit", "l2l", "logit_gt", "tsld")
+
+
+class Terms(NamedTuple):
+    """The per-token terms of every loss, float32 whatever the logits were."""
+
+    ce_student: torch.Tensor  # (B, T)  -log P^S[y]: the ground-truth loss
+    ce_teacher: torch.Tensor  # (B, T)  -log P^T[y]: how unsure the teacher is of the true token
+    kd: torch.Tensor  #         (B, T)  -Σ_i P^T_i log P^S_i: the distillation loss
+    layers: torch.Tensor | float = 0.0  # scalar, layer_to_layer_loss where L2L is asked for
+
+
+def per_token_terms(student_logits, teacher_logits, targets):
+    """student_logits, teacher_logits: (B, T, V), any float dtype; targets: int64 (B, T). No gradient flows into the
+    teacher."""
+    log_p_student = F.log_softmax(student_logits.float(), dim=-1)  # (B, T, V)
+    log_p_teacher = F.log_softmax(teacher_logits.detach().float(), dim=-1)
+    true = targets[..., None]  # (B, T, 1)
+    ce_student = -log_p_student.gather(-1, true).squeeze(-1)
+    ce_teacher = -log_p_teacher.gather(-1, true).squeeze(-1)
+    kd = -(log_p_teacher.exp() * log_p_student).sum(-1)
+    return Terms(ce_student, ce_teacher, kd)
+
+
+def layer_to_layer_loss(student_trace, teacher_trace):
+    """L2L, the layer-to-layer distillation made for encoders (slide "QAT-KD Methods for Encoder and Decoder QAT"):
+
+        Σ_layers MSE(hidden states) + Σ_layers MSE(attention scores at and before each position)
+
+    The mask hides the future from the model, so the scores count over the T(T+1)/2 positions on and below the
+    diagonal alone. Returns a float32 scalar. No gradient flows into the teacher.
+    """
+    loss = 0.0
+    for student, teacher in zip(student_trace.hidden_states, teacher_trace.hidden_states, strict=True):
+        loss = loss + F.mse_loss(student.float(), teacher.detach().float())
+    for student, teacher in zip(student_trace.attention_scores, teacher_trace.attention_scores, strict=True):
+        seen = torch.ones(student.shape[-2:], dtype=torch.bool, device=student.device).tril()  # (T, T)
+        loss = loss + F.mse_loss(student[..., seen].float(), teacher[..., seen].detach().float())
+    return loss
+
+
+def token_scale(ce_teacher, temperature=10.0):
+    """softmax_n(ce_teacher / τ): how much each token of a sequence counts. The surer the teacher is of the true token,
+    the less: on such tokens distillation and ground truth teach the same thing, and the student overfits.
+
+    The softmax runs over the N tokens of one sequence, not over the vocabulary and not over the batch.
+    ce_teacher: (B, T) in nats -> (B, T), rows sum to 1; a constant to the gradient. temperature math.inf gives 1/N.
+    ValueError: temperature not above 0.
+    """
+    if not temperature > 0:
+        raise ValueError(f"the token scale's temperature must be above 0, not {temperature}")
+    return (ce_teacher.detach() / temperature).softmax(dim=1)
+
+
+def tsld_loss(terms, temperature=10.0, gt_weight=0.0):
+    """Σ_n token_scale_n · kd_n, averaged over the B sequences (+ gt_weight · mean ce_student). A float32 scalar.
+
+    The authors' program sums over the batch where this takes the mean, and adds the ground-truth loss; the printed
+    formula does neither.
+    """
+    w = token_scale(terms.ce_teacher, temperature)  # (B, T)
+    loss = (w * terms.kd).sum(1).mean()
+    return loss + gt_weight * terms.ce_student.mean() if gt_weight else loss
+
+
+def distillation_loss(name, terms, temperature=10.0, gt_weight=0.0):
+    """One of LOSSES as a float32 scalar: the rows of the paper's table 1. Only "tsld" looks at temperature and
+    gt_weight. ValueError: an unknown name."""
+    if name == "gt":  # ground truth alone
+        return terms.ce_student.mean()
+    if name == "logit":
+        return terms.kd.mean()
+    if name == "l2l":  # L2L+logit
+        return terms.kd.mean() + terms.layers
+    if name == "logit_gt":
+        return terms.kd.mean() + terms.ce_student.mean()
+    if name == "tsld":
+        return tsld_loss(terms, temperature, gt_weight)
+    raise ValueError(f"loss must be one of {', '.join(LOSSES)}, not {name!r}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 5. Training
+
+
+@dataclass
+class TrainConfig:
+    """One training run; the token scale's settings matter to "tsld" alone. The loss "gt" needs no teacher."""
+
+    loss: str = "tsld"
+    temperature: float = 10.0  # τ of the token scale
+    gt_weight: float = 0.0  # weight of the ground-truth loss added to TSLD
+    steps: int = 450  # optimizer steps
+    batch_size: int = 32  # sequences of block_size tokens per step
+    lr: float = 1e-3  # peak learning rate, reached after the warm-up
+    warmup: float = 0.05  # share of the steps over which the learning rate rises from 0
+    final_lr: float = 0.1  # share of lr that the cosine ends on
+    weight_decay: float = 0.1  # on matrices and embeddings, not on biases and norms
+    betas: tuple = (0.9, 0.95)  # AdamW's running averages of gradient and squared gradient
+    clip: float = 1.0  # largest L2 norm of the gradient
+    dtype: str = "float32"  # matrix products in this type (autocast); the weights stay float32
+    seed: int = 0  # of data order and dropout
+
+
+class CheckpointError(ValueError):
+    """A file that is truncated, altered, foreign, or from another configuration."""
+
+
+class TrainingDiverged(ArithmeticError):
+    """The loss became NaN or infinite."""
+
+
+class TrainingStopped(Exception):
+    """`on_step` asked training to stop; the checkpoint is on disk."""
+
+
+def learning_rate(step, config):
+    """Linear warm-up, then half a cosine from lr down to final_lr · lr. step: 0-based."""
+    warmup = math.ceil(config.warmup * config.steps)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    progress = (step - warmup) / max(1, config.steps - 1 - warmup)  # 0 after the warm-up, 1 at the last step
+    cosine = (1 + math.cos(math.pi * progress)) / 2  # 1 ... 0
+    return config.lr * (config.final_lr + (1 - config.final_lr) * cosine)
+
+
+def get_batch(tokens, step, config, block_size):
+    """Random pieces of the text, a function of (seed, step) alone, so that a resumed run sees what it would have seen.
+    tokens: int64 (n,), n > block_size -> ids and targets, each (batch_size, block_size), targets one token ahead."""
+    rng = np.random.default_rng((config.seed, step))
+    starts = torch.from_numpy(rng.integers(len(tokens) - block_size, size=config.batch_size))  # (B,)
+    pieces = tokens[starts[:, None] + torch.arange(block_size + 1)]  # (B, T + 1)
+    return pieces[:, :-1], pieces[:, 1:]
+
+
+def make_optimizer(model, config):
+    """AdamW; weight decay on matrices alone."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+
+
+def training_loss(student, teacher, ids, targets, config):
+    """One of LOSSES on one batch: both models forward, the terms, the loss."""
+    if config.loss == "gt":
+        logits = student(ids)
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+    trace = config.loss == "l2l"
+    with torch.no_grad():
+        teacher_out = teacher(ids, trace=True) if trace else teacher(ids)
+    student_out = student(ids, trace=True) if trace else student(ids)
+    if trace:
+        terms = per_token_terms(student_out.logits, teacher_out.logits, targets)
+        terms = terms._replace(layers=layer_to_layer_loss(student_out, teacher_out))
+    else:
+        terms = per_token_terms(student_out, teacher_out, targets)
+    return distillation_loss(config.loss, terms, config.temperature, config.gt_weight)
+
+
+def train(model, tokens, config, teacher=None, checkpoint=None, resume=False, on_step=None):
+    """Trains `model` in place, under any of LOSSES, on random pieces of `tokens`, int64 (n,), on the model's device.
+
+    checkpoint: a path. The state is written there every CHECKPOINT_SECONDS and at the end; with `resume` training goes
+        on from what is there, to the same weights as if it had never stopped.
+    on_step(step, loss): called after each step, 1-based, with the loss in nats; returning True saves and stops.
+    Returns the seconds that training took, those before a resume included. Leaves both models in eval mode.
+    Raises TrainingDiverged before a NaN or infinite loss can reach the weights, TrainingStopped, and CheckpointError
+    where the checkpoint is damaged or of another run.
+    """
+    device = next(model.parameters()).device
+    optimizer = make_optimizer(model, config)
+    torch.manual_seed(config.seed)  # dropout
+    identity = {**asdict(config), "betas": list(config.betas), "model": asdict(model.config)}
+    identity["text"] = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+    start, seconds = 0, 0.0
+    if resume and checkpoint is not None and Path(checkpoint).exists():
+        start, seconds = _load_state(checkpoint, identity, model, optimizer)
+    if teacher is not None:
+        teacher.eval()
+    model.train()
+    began = saved_at = time.monotonic()
+    for step in range(start, config.steps):
+        lr = learning_rate(step, config)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        ids, targets = (t.to(device) for t in get_batch(tokens, step, config, model.config.block_size))
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+            loss = training_loss(model, teacher, ids, targets, config)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise TrainingDiverged(f"the loss became {value} at step {step + 1}, learning rate {lr:.2e}")
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        stop = on_step is not None and on_step(step + 1, value)
+        due = time.monotonic() - saved_at >= CHECKPOINT_SECONDS
+        if checkpoint is not None and (stop or due or step + 1 == config.steps):
+            saved_at = time.monotonic()
+            _save_state(checkpoint, identity, model, optimizer, step + 1, seconds + saved_at - began)
+        if stop:
+            raise TrainingStopped(f"stopped after step {step + 1} of {config.steps}")
+    model.eval()
+    return seconds + time.monotonic() - began
+
+
+@torch.no_grad()
+def evaluate(model, tokens, block_size):
+    """Mean cross-entropy in nats per predicted token; its exponential is the perplexity.
+
+    The text is cut into blocks that do not overlap, the last one shorter, so each token but the first is predicted
+    exactly once. tokens: int64 (n,), n ≥ 2, else ValueError. model: anything that gives logits (B, T, V) for ids
+    (B, T), or an object with .logits.
+    """
+    if len(tokens) < 2:
+        raise ValueError(f"evaluation needs at least 2 tokens, not {len(tokens)}")
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    inputs, targets = tokens[:-1], tokens[1:]
+    whole = len(inputs) // block_size * block_size  # tokens in whole blocks
+    rows = max(1, 2048 // block_size)  # sequences at a time: bounds the logits' memory
+    batches = list(zip(inputs[:whole].view(-1, block_size).split(rows), targets[:whole].view(-1, block_size).split(rows)))
+    if whole < len(inputs):
+        batches.append((inputs[None, whole:], targets[None, whole:]))
+    total = 0.0
+    for ids, true in batches:
+        logits = model(ids.to(device))
+        logits = getattr(logits, "logits", logits).float()  # (B, T, V)
+        total += F.cross_entropy(logits.flatten(0, 1), true.flatten().to(device), reduction="sum").item()
+    model.train(was_training)
+    return total / len(inputs)
+
+
+CHECKPOINT_SECONDS = 120  # between two checkpoints: what a power cut may cost
+
+
+def write_file(path, content):
+    """torch.save, then the SHA-256 of all of it; under a temporary name, then renamed: whole or not at all."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w+b") as file:
+        torch.save(content, file)
+        file.write(_digest(file, file.tell()))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_file(path):
+    """What write_file wrote. CheckpointError: truncated, altered or foreign. Runs no code from the file."""
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END) - 32
+        if size < 0 or _digest(file, size) != file.read():
+            raise CheckpointError(f"{path} is truncated, altered, or not a file of this program")
+        file.seek(0)
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _digest(file, size):
+    """SHA-256 of the first `size` bytes; leaves the file's position behind them."""
+    file.seek(0)
+    digest = hashlib.sha256()
+    while size > 0 and (chunk := file.read(min(size, 1 << 20))):
+        digest.update(chunk)
+        size -= len(chunk)
+    return digest.digest()
+
+
+def _save_state(path, identity, model, optimizer, step, seconds):
+    random = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        random["cuda"] = torch.cuda.get_rng_state()
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "random": random}
+    write_file(path, {"identity": identity, "step": step, "seconds": seconds, **state})
+
+
+def _load_state(path, identity, model, optimizer):
+    state = read_file(path)
+    for key, value in identity.items():
+        if state.get("identity", {}).get(key) != value:
+            there = state.get("identity", {}).get(key)
+            raise CheckpointError(f"{path} is of another run: {key} is {there} there and {value} here")
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["random"]["cpu"])
+    if "cuda" in state["random"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["random"]["cuda"])
+    return state["step"], state["seconds"]
