@@ -165,14 +165,13 @@ def load_tokenizer(name):
         raise UserError(f"GPT-2's vocabulary cannot be downloaded ({cause}): go online once, or use --model tiny")
 
 
-def learn_vocabulary(size=2048):
-    """Byte-pair encoding (Sennrich et al., 2016) of the training parts of PTB and pydoc, written to VOCABULARY:
-    join the most frequent pair of neighbours into a new token, until there are `size` tokens."""
-    text = load_ptb()["train"] + load_pydoc()["train"]
+def learn_vocabulary(text, size):
+    """Byte-pair encoding (Sennrich et al., 2016): join the most frequent pair of neighbouring tokens into a new one,
+    until there are `size`. Returns the tokens, as bytes, in the order they were made."""
     counts = collections.Counter(word.encode() for word in re.findall(PATTERN, text))
-    words = {word: [bytes([byte]) for byte in word] for word in sorted(counts)}
+    words = {word: [bytes([byte]) for byte in word] for word in counts}  # each distinct word as its present tokens
     vocabulary = [bytes([byte]) for byte in range(256)]
-    pairs, users = collections.Counter(), collections.defaultdict(set)  # pair -> its count, the words that have it
+    pairs, users = collections.Counter(), collections.defaultdict(set)  # pair -> how often, in which words
 
     def count(word, sign):
         for pair in zip(words[word], words[word][1:]):
@@ -184,7 +183,7 @@ def learn_vocabulary(size=2048):
     while len(vocabulary) < size:
         pair = max(pairs, key=lambda p: (pairs[p], p))  # of equally frequent ones the last in byte order
         vocabulary.append(pair[0] + pair[1])
-        for word in users.pop(pair):
+        for word in list(users[pair]):
             count(word, -1)
             old, new = words[word], []
             while old:
@@ -193,9 +192,14 @@ def learn_vocabulary(size=2048):
                 old = old[n:]
             words[word] = new
             count(word, +1)
-        del pairs[pair]
+    return vocabulary
+
+
+def write_vocabulary():
+    """Makes data/bpe2048.tiktoken again, from the training parts of PTB and pydoc."""
+    vocabulary = learn_vocabulary(load_ptb()["train"] + load_pydoc()["train"], 2048)
     lines = [f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(vocabulary)]
-    VOCABULARY.write_text("".join(lines))
+    write_text(VOCABULARY, "".join(lines))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -505,15 +509,17 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
-def positive(kind):
+def number(kind, least=0, or_equal=False):
+    """An argparse type: a number above `least`, or from it on."""
+
     def parse(text):
         value = kind(text)
-        if not value > 0:
+        if not (value > least or or_equal and value == least):
             raise ValueError
         return value
 
-    parse.__name__ = f"{kind.__name__} above 0"  # argparse says: invalid NAME value: TEXT
-    return parse
+    parse.__name__ = f"{kind.__name__} {'from' if or_equal else 'above'} {least}{' on' if or_equal else ''}"
+    return parse  # argparse says: invalid NAME value: TEXT
 
 
 def parse(argv):
@@ -522,17 +528,17 @@ def parse(argv):
     add("--loss", choices=(*LOSSES, "all"), default="tsld", help="what the student learns from (default tsld)")
     add("--bits", type=int, choices=(2, 4), default=2, help="bits per weight: 2 is ternary (default 2)")
     add("--granularity", choices=("tensor", "channel"), default="tensor", help="what shares a scale (default tensor)")
-    add("--tsld-temperature", type=positive(float), default=10.0, help="τ of the token scale (default 10; inf: logit)")
-    add("--gt-weight", type=float, default=0.0, help="weight of the ground-truth loss added to tsld (default 0)")
+    add("--tsld-temperature", type=number(float), default=10.0, help="τ of the token scale (default 10; inf: logit)")
+    add("--gt-weight", type=number(float, or_equal=True), default=0.0, help="weight of the ground-truth loss added to tsld (default 0)")
     add("--model", choices=PRESETS, help="default: gpt2 on a GPU, tiny elsewhere")
     add("--init", choices=("scratch",), default="scratch", help="where the teacher starts")
     add("--data", help="ptb, pydoc, a text file, or a folder with train.txt, valid.txt and test.txt")
-    add("--student-tokens", type=positive(int), help="how much of the training text the student is distilled on")
-    add("--steps", type=positive(int), help="of the student's training; fewer than its preset's shorten the teacher's too")
-    add("--teacher-steps", type=positive(int), help="of the teacher's training")
-    add("--batch-size", type=positive(int), help="of the student's training, in sequences")
-    add("--lr", type=positive(float), help="peak learning rate of the student's training")
-    add("--seed", type=int, default=0, help="of initial weights, data order and sampling (default 0)")
+    add("--student-tokens", type=number(int), help="how much of the training text the student is distilled on")
+    add("--steps", type=number(int), help="of the student's training; fewer than its preset's shorten the teacher's too")
+    add("--teacher-steps", type=number(int), help="of the teacher's training")
+    add("--batch-size", type=number(int), help="of the student's training, in sequences")
+    add("--lr", type=number(float), help="peak learning rate of the student's training")
+    add("--seed", type=number(int, or_equal=True), default=0, help="of initial weights, data order and sampling (default 0)")
     add("--device", help="cpu, cuda, ... (default: cuda where there is one)")
     add("--dtype", choices=("float32", "bfloat16"), help="of matrix products (default: bfloat16 where it is fast)")
     add("--compile", action="store_true", help="torch.compile the models")

@@ -38,6 +38,7 @@ Losses are in nats unless a name says bits. Tensors keep their device and dtype 
 import hashlib
 import math
 import os
+import pickle
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -147,12 +148,16 @@ def _is_conv1d(module):
     return type(module).__name__ == "Conv1D" and module.weight.shape == (module.nx, module.nf)
 
 
-def _is_output_head(model, name, module):
-    """The layer that makes logits: what the model itself says, else one tied to an embedding, else one by its name."""
+def _output_heads(model):
+    """The layers that make logits: what the model itself says, else those tied to an embedding or named like a head."""
     if callable(getattr(model, "get_output_embeddings", None)):
-        return module is model.get_output_embeddings()
-    embeddings = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
-    return any(module.weight is e for e in embeddings) or name.split(".")[-1] in ("lm_head", "head")
+        return [model.get_output_embeddings()]
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    return [
+        module
+        for name, module in model.named_modules()
+        if name.split(".")[-1] in ("lm_head", "head") or id(getattr(module, "weight", None)) in embeddings
+    ]
 
 
 def quantize_model(model, bits=2, granularity="tensor"):
@@ -163,14 +168,15 @@ def quantize_model(model, bits=2, granularity="tensor"):
     ValueError: other bits than 2 and 4, an unknown granularity, or no layer to quantize.
     """
     fake_quantize(torch.zeros(1, 1), bits, granularity)  # refuse bad arguments before anything is changed
-    targets = {
+    heads = _output_heads(model)
+    layers = {
         name: module
-        for name, module in model.named_modules(remove_duplicate=False)  # a shared layer has several names
-        if name and (isinstance(module, nn.Linear) or _is_conv1d(module)) and not _is_output_head(model, name, module)
+        for name, module in model.named_modules(remove_duplicate=False)  # a layer used twice has two names
+        if name and (isinstance(module, nn.Linear) or _is_conv1d(module)) and not any(module is h for h in heads)
     }
-    if not targets:
+    if not layers:
         raise ValueError(f"{type(model).__name__} has no linear layer to quantize")
-    for name, old in targets.items():
+    for name, old in layers.items():
         weight = old.weight
         if _is_conv1d(old):
             weight = nn.Parameter(old.weight.detach().t().contiguous(), old.weight.requires_grad)
@@ -550,11 +556,10 @@ def learning_rate(step, config):
     return config.lr * (config.final_lr + (1 - config.final_lr) * cosine)
 
 
-def get_batch(tokens, step, config, block_size):
-    """Random pieces of the text, a function of (seed, step) alone, so that a resumed run sees what it would have seen.
-    tokens: int64 (n,), n > block_size -> ids and targets, each (batch_size, block_size), targets one token ahead."""
-    rng = np.random.default_rng((config.seed, step))
-    starts = torch.from_numpy(rng.integers(len(tokens) - block_size, size=config.batch_size))  # (B,)
+def get_batch(tokens, batch_size, block_size, rng):
+    """Random pieces of the text. tokens: int64 (n,), n > block_size; rng: a numpy Generator.
+    Returns ids and targets, each int64 (batch_size, block_size), the targets one token ahead."""
+    starts = torch.from_numpy(rng.integers(len(tokens) - block_size, size=batch_size))  # (B,)
     pieces = tokens[starts[:, None] + torch.arange(block_size + 1)]  # (B, T + 1)
     return pieces[:, :-1], pieces[:, 1:]
 
@@ -587,7 +592,7 @@ def training_loss(student, teacher, ids, targets, config):
 
 
 def train(model, tokens, config, teacher=None, checkpoint=None, resume=False, on_step=None):
-    """Trains `model` in place, under any of LOSSES, on random pieces of `tokens`, int64 (n,), on the model's device.
+    """Trains `model` in place, under any of LOSSES, on random pieces of `tokens`, int64 (n,), kept on the CPU.
 
     checkpoint: a path. The state is written there every CHECKPOINT_SECONDS and at the end; with `resume` training goes
         on from what is there, to the same weights as if it had never stopped.
@@ -596,11 +601,9 @@ def train(model, tokens, config, teacher=None, checkpoint=None, resume=False, on
     Raises TrainingDiverged before a NaN or infinite loss can reach the weights, TrainingStopped, and CheckpointError
     where the checkpoint is damaged or of another run.
     """
-    device = next(model.parameters()).device
+    device, block_size = next(model.parameters()).device, model.config.block_size
     optimizer = make_optimizer(model, config)
-    torch.manual_seed(config.seed)  # dropout
-    identity = {**asdict(config), "betas": list(config.betas), "model": asdict(model.config)}
-    identity["text"] = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+    identity = {**asdict(config), "model": asdict(model.config), "text": hashlib.sha256(tokens.numpy()).hexdigest()}
     start, seconds = 0, 0.0
     if resume and checkpoint is not None and Path(checkpoint).exists():
         start, seconds = _load_state(checkpoint, identity, model, optimizer)
@@ -609,10 +612,12 @@ def train(model, tokens, config, teacher=None, checkpoint=None, resume=False, on
     model.train()
     began = saved_at = time.monotonic()
     for step in range(start, config.steps):
+        rng = np.random.default_rng((config.seed, step))  # a resumed run draws what it would have drawn
+        ids, targets = (t.to(device) for t in get_batch(tokens, config.batch_size, block_size, rng))
+        torch.manual_seed(rng.integers(2**63))  # dropout
         lr = learning_rate(step, config)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        ids, targets = (t.to(device) for t in get_batch(tokens, step, config, model.config.block_size))
         with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
             loss = training_loss(model, teacher, ids, targets, config)
         value = loss.item()
@@ -621,13 +626,13 @@ def train(model, tokens, config, teacher=None, checkpoint=None, resume=False, on
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         stop = on_step is not None and on_step(step + 1, value)
         due = time.monotonic() - saved_at >= CHECKPOINT_SECONDS
         if checkpoint is not None and (stop or due or step + 1 == config.steps):
             saved_at = time.monotonic()
             _save_state(checkpoint, identity, model, optimizer, step + 1, seconds + saved_at - began)
-        if stop:
+        if stop and step + 1 < config.steps:
             raise TrainingStopped(f"stopped after step {step + 1} of {config.steps}")
     model.eval()
     return seconds + time.monotonic() - began
@@ -683,7 +688,10 @@ def read_file(path):
         if size < 0 or _digest(file, size) != file.read():
             raise CheckpointError(f"{path} is truncated, altered, or not a file of this program")
         file.seek(0)
-        return torch.load(file, map_location="cpu", weights_only=True)
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:
+            raise CheckpointError(f"{path} holds more than tensors and plain values, and is not loaded") from None
 
 
 def _digest(file, size):
@@ -697,22 +705,16 @@ def _digest(file, size):
 
 
 def _save_state(path, identity, model, optimizer, step, seconds):
-    random = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        random["cuda"] = torch.cuda.get_rng_state()
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "random": random}
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     write_file(path, {"identity": identity, "step": step, "seconds": seconds, **state})
 
 
 def _load_state(path, identity, model, optimizer):
     state = read_file(path)
-    for key, value in identity.items():
-        if state.get("identity", {}).get(key) != value:
-            there = state.get("identity", {}).get(key)
-            raise CheckpointError(f"{path} is of another run: {key} is {there} there and {value} here")
+    there = state.get("identity", {})
+    for key, here in identity.items():
+        if there.get(key) != here:
+            raise CheckpointError(f"{path} is of another run: {key} is {there.get(key)} there and {here} here")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["random"]["cpu"])
-    if "cuda" in state["random"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["random"]["cuda"])
     return state["step"], state["seconds"]

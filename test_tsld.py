@@ -1,0 +1,1133 @@
+"""The specification of tsld.py and train_small.py. Each test states one fact and checks it against an oracle that a
+reader can trust without them: float64 NumPy by hand, a closed form, brute force, or another library."""
+
+import collections
+import copy
+import hashlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import train_small
+import tsld
+from tsld import GPT, GPTConfig, QuantLinear, Terms, TrainConfig
+
+torch.set_num_threads(1)  # the tensors here are tiny: two threads would only wait for one another
+
+HERE = Path(__file__).parent
+MICRO = GPTConfig(block_size=8, vocab_size=17, n_layer=2, n_head=2, n_embd=12)
+
+
+def randn(*shape, seed=0):
+    return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape).astype(np.float32))
+
+
+def micro_gpt(seed=0, **changes):
+    """A tiny GPT whose parameters, biases and norms included, are all well away from their initial values."""
+    torch.manual_seed(seed)
+    model = GPT(replace(MICRO, **changes))
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+def micro_ids(B=2, T=8, seed=0):
+    return torch.from_numpy(np.random.default_rng(seed).integers(MICRO.vocab_size, size=(B, T)))
+
+
+def softmax64(logits):
+    """float64 softmax over the last axis."""
+    z = np.asarray(logits, np.float64)
+    z = np.exp(z - z.max(-1, keepdims=True))
+    return z / z.sum(-1, keepdims=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Quantizers
+
+
+def groups64(weight, granularity):
+    """The float64 weights that share a scale, one list per group."""
+    w = weight.double().numpy()
+    return [w.ravel()] if granularity == "tensor" else list(w)
+
+
+WEIGHTS = {
+    "normal": randn(7, 5),
+    "one row": randn(1, 9),
+    "one weight": torch.tensor([[-0.3]]),
+    "a zero row": torch.cat([randn(3, 6), torch.zeros(1, 6)]),
+    "all zero": torch.zeros(3, 4),
+    "constant": torch.full((2, 6), 0.7),
+    "all positive": randn(4, 6).abs() + 0.1,
+    "all negative": -randn(4, 6).abs() - 0.1,
+    "bfloat16": randn(6, 10).bfloat16(),
+    "float64": randn(6, 10).double(),
+    "transposed": randn(5, 8).t(),
+    "strided": randn(6, 12)[:, ::2],
+}
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_ternarize_is_the_twn_formula(kind, granularity):
+    weight = WEIGHTS[kind]
+    codes, scale = tsld.ternarize(weight, granularity)
+    assert codes.dtype == torch.int8 and codes.shape == weight.shape
+    assert scale.dtype == torch.float32 and scale.shape == ((1, 1) if granularity == "tensor" else (len(weight), 1))
+    got = (scale * codes).reshape(len(scale), -1).double().numpy()
+    for group, values, alpha in zip(groups64(weight, granularity), got, scale):
+        threshold = 0.7 * np.abs(group).mean()
+        kept = np.abs(group) > threshold
+        expected_alpha = np.abs(group[kept]).mean() if kept.any() else 0.0
+        assert alpha.item() == pytest.approx(expected_alpha, rel=1e-6, abs=0)
+        np.testing.assert_allclose(values, expected_alpha * np.sign(group) * kept, rtol=1e-6)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_quantize_int4_is_asymmetric_rounding_over_a_range_with_zero(kind, granularity):
+    weight = WEIGHTS[kind]
+    codes, scale, zero_point = tsld.quantize_int4(weight, granularity)
+    shape = (1, 1) if granularity == "tensor" else (len(weight), 1)
+    assert codes.dtype == torch.uint8 and codes.shape == weight.shape and codes.max() <= 15
+    assert scale.dtype == torch.float32 and scale.shape == zero_point.shape == shape
+    assert not zero_point.is_floating_point() and 0 <= zero_point.min() and zero_point.max() <= 15
+    all_codes = codes.reshape(len(scale), -1).double().numpy()
+    for group, code, s, z in zip(groups64(weight, granularity), all_codes, scale.numpy(), zero_point.numpy()):
+        low, high = min(group.min(), 0.0), max(group.max(), 0.0)
+        step = (high - low) / 15
+        assert s[0] == pytest.approx(step, rel=1e-6, abs=0)
+        if step == 0:
+            np.testing.assert_array_equal(s[0] * (code - z[0]), 0.0)
+            continue
+        assert z[0] == np.round(-low / step)
+        expected = np.clip(np.round(group / step) + z[0], 0, 15)
+        np.testing.assert_array_equal(code, expected)
+        clipped = step * abs(-low / step - z[0])  # rounding the zero point shifts the range by up to half a step
+        assert np.abs(step * (code - z[0]) - group).max() <= step / 2 + clipped + 1e-6 * step
+
+
+def test_int4_keeps_weights_of_one_sign_unclipped():
+    weight = torch.linspace(1.0, 4.0, 31)[None]
+    for sign in (1, -1):
+        error = tsld.fake_quantize(sign * weight, bits=4) - sign * weight
+        assert error.abs().max() <= 4.0 / 15 / 2 + 1e-6
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fake_quantize_is_exactly_the_dequantized_value_forward_and_the_identity_backward(bits, granularity, dtype):
+    weight = (randn(6, 9) * 3).to(dtype).requires_grad_()
+    quantized = tsld.fake_quantize(weight, bits, granularity)
+    if bits == 2:
+        codes, scale = tsld.ternarize(weight, granularity)
+        expected = scale * codes
+    else:
+        codes, scale, zero_point = tsld.quantize_int4(weight, granularity)
+        expected = scale * (codes.int() - zero_point.int())
+    assert quantized.dtype == dtype
+    assert torch.equal(quantized, expected.to(dtype))
+    upstream = randn(6, 9, seed=1).to(dtype)
+    quantized.backward(upstream)
+    assert torch.equal(weight.grad, upstream)
+
+
+def test_quant_linear_computes_with_the_quantized_weight_and_the_exact_bias():
+    layer = QuantLinear(6, 4, bits=2, granularity="channel")
+    x = randn(2, 3, 6)
+    w = layer.weight.detach().double().numpy()
+    kept = np.abs(w) > 0.7 * np.abs(w).mean(1, keepdims=True)
+    alpha = (np.abs(w) * kept).sum(1, keepdims=True) / kept.sum(1, keepdims=True)
+    expected = x.double().numpy() @ (alpha * np.sign(w) * kept).T + layer.bias.detach().double().numpy()
+    np.testing.assert_allclose(layer(x).detach().numpy(), expected, rtol=1e-5, atol=1e-6)
+    assert layer.weight.requires_grad and "bits=2" in repr(layer)
+
+
+def test_unknown_bits_and_granularity_are_refused():
+    with pytest.raises(ValueError, match="bits"):
+        tsld.fake_quantize(randn(2, 2), bits=3)
+    for function in (tsld.ternarize, tsld.quantize_int4, tsld.fake_quantize):
+        with pytest.raises(ValueError, match="granularity"):
+            function(randn(2, 2), granularity="row")
+    model = micro_gpt()
+    with pytest.raises(ValueError, match="bits"):
+        tsld.quantize_model(model, bits=8)
+    assert not any(isinstance(m, QuantLinear) for m in model.modules())
+
+
+def test_quantize_model_replaces_the_blocks_linear_layers_and_nothing_else():
+    model = micro_gpt()
+    before = dict(model.named_parameters())
+    assert tsld.quantize_model(model, bits=4, granularity="channel") is model
+    layers = {name for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+    per_block = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    assert layers == {f"h.{i}.{name}" for i in range(2) for name in per_block}
+    assert type(model.lm_head) is nn.Linear and model.lm_head.weight is model.wte.weight
+    after = dict(model.named_parameters())
+    assert after.keys() == before.keys() and all(after[name] is before[name] for name in before)
+    assert not model.h[0].attn.c_attn.training and model.h[0].attn.c_attn.bits == 4
+    assert model.h[0].attn.c_attn.granularity == "channel"
+
+
+class Conv1D(nn.Module):
+    """Shaped like the class of that name in transformers: the weight is (in, out)."""
+
+    def __init__(self, nf, nx):
+        super().__init__()
+        self.nf, self.nx = nf, nx
+        self.weight, self.bias = nn.Parameter(randn(nx, nf)), nn.Parameter(randn(nf))
+
+    def forward(self, x):
+        return x @ self.weight + self.bias
+
+
+def test_quantize_model_knows_conv1d_and_shared_layers():
+    shared = nn.Linear(4, 4)
+    model = nn.ModuleDict({"a": Conv1D(5, 3), "b": shared, "c": shared})
+    weight, x = model["a"].weight.detach(), randn(2, 3)
+    expected = x @ tsld.fake_quantize(weight.t().contiguous()).t() + model["a"].bias
+    tsld.quantize_model(model)
+    assert all(isinstance(layer, QuantLinear) for layer in model.values())
+    torch.testing.assert_close(model["a"](x), expected)
+    assert model["b"].weight is shared.weight and model["c"].weight is shared.weight
+
+
+class Declared(nn.Module):
+    """Says itself which layer its head is, as transformers' models do."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.out = nn.Linear(3, 3), nn.Linear(3, 9)
+
+    def get_output_embeddings(self):
+        return self.out
+
+
+def test_quantize_model_spares_the_output_head_however_it_is_known():
+    tied = nn.ModuleDict({"embed": nn.Embedding(9, 3), "body": nn.Linear(3, 3), "logits": nn.Linear(3, 9, bias=False)})
+    tied["logits"].weight = tied["embed"].weight
+    named = nn.ModuleDict({"body": nn.Linear(3, 3), "head": nn.Linear(3, 9), "lm_head": nn.Linear(3, 9)})
+    for model, spared in ((tied, {"logits"}), (named, {"head", "lm_head"}), (Declared(), {"out"})):
+        tsld.quantize_model(model)
+        linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        assert {name for name, module in linear.items() if not isinstance(module, QuantLinear)} == spared
+
+
+def test_quantize_model_refuses_a_model_with_nothing_to_quantize():
+    with pytest.raises(ValueError, match="no linear layer"):
+        tsld.quantize_model(nn.ModuleDict({"head": nn.Linear(2, 2)}))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# GPT
+
+
+def gpt64(model, ids):
+    """GPT-2 in float64 NumPy, one sequence and one head at a time: logits, hidden states, attention scores."""
+    p = {name: tensor.detach().double().numpy() for name, tensor in model.state_dict().items()}
+    config = model.config
+
+    def norm(x, name):
+        z = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+        return z * p[name + ".weight"] + p[name + ".bias"]
+
+    def linear(x, name):
+        return x @ p[name + ".weight"].T + p[name + ".bias"]
+
+    def gelu(x):
+        return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+    logits, states, scores = [], [], []
+    for row in ids.numpy():
+        x = p["wte.weight"][row] + p["wpe.weight"][: len(row)]
+        states.append([x])
+        scores.append([])
+        for layer in range(config.n_layer):
+            q, k, v = np.split(linear(norm(x, f"h.{layer}.ln_1"), f"h.{layer}.attn.c_attn"), 3, axis=-1)
+            size, heads, of_layer = config.n_embd // config.n_head, [], []
+            for head in range(config.n_head):
+                part = slice(head * size, (head + 1) * size)
+                score = q[:, part] @ k[:, part].T / math.sqrt(size)
+                of_layer.append(score)
+                masked = np.where(np.tri(len(row), dtype=bool), score, -np.inf)
+                heads.append(softmax64(masked) @ v[:, part])
+            scores[-1].append(of_layer)
+            x = x + linear(np.concatenate(heads, -1), f"h.{layer}.attn.c_proj")
+            x = x + linear(gelu(linear(norm(x, f"h.{layer}.ln_2"), f"h.{layer}.mlp.c_fc")), f"h.{layer}.mlp.c_proj")
+            states[-1].append(x)
+        logits.append(norm(x, "ln_f") @ p["wte.weight"].T)
+    return np.array(logits), np.array(states).swapaxes(0, 1), np.array(scores).swapaxes(0, 1)
+
+
+@pytest.mark.parametrize("T", [1, 5, 8])
+def test_gpt_is_gpt2(T):
+    model, ids = micro_gpt(), micro_ids(T=T)
+    logits, states, scores = gpt64(model, ids)
+    np.testing.assert_allclose(model(ids).detach().numpy(), logits, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose((model.hidden(ids) @ model.wte.weight.T).detach().numpy(), logits, rtol=1e-4, atol=1e-4)
+    trace = model(ids, trace=True)
+    np.testing.assert_allclose(trace.logits.detach().numpy(), logits, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(torch.stack(trace.hidden_states).detach().numpy(), states, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(torch.stack(trace.attention_scores).detach().numpy(), scores, rtol=1e-4, atol=1e-4)
+
+
+def test_gpt_agrees_with_transformers_gpt2():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    theirs = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=101, n_positions=32, n_embd=24, n_layer=3, n_head=4)
+    ).eval()
+    ours = GPT(GPTConfig(block_size=32, vocab_size=101, n_layer=3, n_head=4, n_embd=24)).eval()
+    state = {}
+    for name, tensor in theirs.transformer.state_dict().items():
+        transposed = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+        state[name] = tensor.t() if transposed else tensor
+    ours.load_state_dict({**state, "lm_head.weight": state["wte.weight"]})
+    ids = torch.randint(101, (2, 32))
+    torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_default_config_is_gpt2_small():
+    with torch.device("meta"):
+        model = GPT(GPTConfig())
+    assert sum(p.numel() for p in model.parameters()) == 124_439_808
+    assert sum(m.weight.numel() for m in tsld.quantize_model(model).modules() if isinstance(m, QuantLinear)) == 84_934_656
+
+
+def test_initial_weights_are_gpt2s():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=64, vocab_size=500, n_layer=3, n_head=2, n_embd=96))
+    for name, p in model.named_parameters():
+        if "ln_" in name:
+            assert torch.all(p == (1.0 if name.endswith("weight") else 0.0))
+        elif name.endswith("bias"):
+            assert torch.all(p == 0)
+        else:
+            expected = 0.02 / math.sqrt(2 * 3) if "c_proj" in name else 0.02
+            assert p.std().item() == pytest.approx(expected, rel=0.05) and abs(p.mean().item()) < 0.1 * expected
+
+
+def test_a_sequence_longer_than_the_block_and_an_uneven_head_are_refused():
+    with pytest.raises(ValueError, match="block_size 8"):
+        micro_gpt()(micro_ids(T=9))
+    with pytest.raises(ValueError, match="n_head"):
+        GPT(replace(MICRO, n_head=5))
+
+
+def test_dropout_acts_in_training_alone_and_keeps_the_mean():
+    model, ids = micro_gpt(dropout=0.5), micro_ids()
+    assert torch.equal(model(ids), model(ids))
+    model.train()
+    for trace in (False, True):  # the fused and the explicit attention
+        outputs = [model(ids, trace=True).logits if trace else model(ids) for _ in range(2)]
+        assert not torch.equal(*outputs)
+    model.h[0].attn.train().c_proj = nn.Identity()  # leaves the dropout on probabilities, and the one on the output
+    x = randn(1, 8, 12)
+    expected = model.h[0].attn.eval()(x)
+    for scores in (None, []):
+        mean = model.h[0].attn.train()(x.expand(20_000, -1, -1), scores=scores).mean(0)
+        assert (mean - expected).abs().max() < 0.15 * expected.abs().max()
+
+
+def test_greedy_generation_is_the_cache_free_argmax():
+    model, ids = micro_gpt(), micro_ids(B=3, T=2)
+    expected = ids
+    for _ in range(6):
+        expected = torch.cat([expected, model(expected)[:, -1].argmax(-1, keepdim=True)], 1)
+    assert torch.equal(model.generate(ids, 6, temperature=0), expected)
+    assert torch.equal(model.generate(ids, 6, temperature=1.0, top_k=1), expected)
+    assert torch.equal(model.generate(ids, 0), ids)
+
+
+@pytest.mark.parametrize("temperature, top_k", [(1.0, None), (0.5, None), (1.3, 4), (1.0, 100)])
+def test_sampling_follows_softmax_of_logits_over_temperature_among_the_top_k(temperature, top_k):
+    model, ids, draws = micro_gpt(), micro_ids(B=1, T=3), 20_000
+    logits = gpt64(model, ids)[0][0, -1] / temperature
+    if top_k is not None and top_k < len(logits):
+        logits[np.argsort(logits)[:-top_k]] = -np.inf
+    torch.manual_seed(0)
+    drawn = model.generate(ids.expand(draws, -1), 1, temperature, top_k)[:, -1]
+    frequency = np.bincount(drawn.numpy(), minlength=MICRO.vocab_size) / draws
+    np.testing.assert_allclose(frequency, softmax64(logits), atol=4 * 0.5 / math.sqrt(draws))
+    assert np.all(frequency[np.isinf(logits)] == 0)
+
+
+def test_generate_restores_the_mode_and_refuses_what_does_not_fit():
+    model = micro_gpt(dropout=0.9).train()
+    first = model.generate(micro_ids(T=2), 5, temperature=0)
+    assert model.training and torch.equal(first, model.generate(micro_ids(T=2), 5, temperature=0))
+    assert not model.eval().generate(micro_ids(T=2), 1).requires_grad and not model.training
+    with pytest.raises(ValueError, match="block_size 8"):
+        model.generate(micro_ids(T=4), 5)
+    with pytest.raises(ValueError, match="empty"):
+        model.generate(micro_ids(T=0), 1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Losses
+
+
+def example(B=3, T=5, V=7, seed=0, dtype=torch.float32):
+    student, teacher = 2 * randn(B, T, V, seed=seed).to(dtype), 2 * randn(B, T, V, seed=seed + 1).to(dtype)
+    targets = torch.from_numpy(np.random.default_rng(seed).integers(V, size=(B, T)))
+    return student, teacher, targets
+
+
+def terms64(student, teacher, targets):
+    """The three terms by their definitions, one token at a time."""
+    ps, pt = softmax64(student.detach().double()), softmax64(teacher.detach().double())
+    out = np.zeros((3, *targets.shape))
+    for b, n in np.ndindex(*targets.shape):
+        y = targets[b, n].item()
+        out[0, b, n] = -math.log(ps[b, n, y])
+        out[1, b, n] = -math.log(pt[b, n, y])
+        out[2, b, n] = -sum(pt[b, n, i] * math.log(ps[b, n, i]) for i in range(ps.shape[-1]))
+    return out
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 7), (1, 1, 2), (2, 1, 50), (1, 9, 3)])
+def test_terms_are_the_two_cross_entropies_and_the_soft_one(shape):
+    student, teacher, targets = example(*shape)
+    terms = tsld.per_token_terms(student, teacher, targets)
+    for got, expected in zip(terms[:3], terms64(student, teacher, targets)):
+        assert got.shape == shape[:2]
+        np.testing.assert_allclose(got.numpy(), expected, rtol=1e-6, atol=1e-6)
+    assert terms.layers == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_terms_are_float32_whatever_the_logits_were(dtype):
+    student, teacher, targets = example(dtype=dtype)
+    terms = tsld.per_token_terms(student, teacher, targets)
+    assert all(term.dtype == torch.float32 for term in terms[:3])
+    np.testing.assert_allclose(torch.stack(terms[:3]), terms64(student, teacher, targets), rtol=2e-6, atol=2e-6)
+
+
+def test_terms_stay_finite_for_logits_of_any_size():
+    student, teacher, targets = example()
+    terms = tsld.per_token_terms(student * 1e4, teacher * 1e4, targets)
+    assert all(torch.isfinite(term).all() for term in terms[:3])
+
+
+def loss64(name, terms, layers=0.0, temperature=10.0, gt_weight=0.0):
+    """The five losses from float64 terms (3, B, T), one sequence at a time."""
+    ce_student, ce_teacher, kd = terms
+    if name == "tsld":
+        total = 0.0
+        for sequence in range(len(kd)):
+            weights = [math.exp(ce / temperature) for ce in ce_teacher[sequence]]
+            total += sum(w / sum(weights) * k for w, k in zip(weights, kd[sequence]))
+        return total / len(kd) + gt_weight * ce_student.mean()
+    parts = {"gt": (ce_student,), "logit": (kd,), "l2l": (kd,), "logit_gt": (kd, ce_student)}[name]
+    return sum(part.mean() for part in parts) + (layers if name == "l2l" else 0.0)
+
+
+@pytest.mark.parametrize("name", tsld.LOSSES)
+@pytest.mark.parametrize("temperature, gt_weight", [(10.0, 0.0), (1.0, 0.5)])
+def test_each_loss_is_its_formula(name, temperature, gt_weight):
+    student, teacher, targets = example()
+    terms = tsld.per_token_terms(student, teacher, targets)._replace(layers=torch.tensor(0.25))
+    expected = loss64(name, terms64(student, teacher, targets), 0.25, temperature, gt_weight)
+    got = tsld.distillation_loss(name, terms, temperature, gt_weight)
+    assert got.shape == () and got.item() == pytest.approx(expected, rel=1e-6)
+    if name == "tsld":
+        assert tsld.tsld_loss(terms, temperature, gt_weight).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_defaults_are_the_papers():
+    student, teacher, targets = example()
+    terms = tsld.per_token_terms(student, teacher, targets)
+    expected = loss64("tsld", terms64(student, teacher, targets), temperature=10.0, gt_weight=0.0)
+    assert tsld.distillation_loss("tsld", terms).item() == pytest.approx(expected, rel=1e-6)
+    assert tsld.tsld_loss(terms).item() == pytest.approx(expected, rel=1e-6)
+    scale = np.exp(terms.ce_teacher.double().numpy() / 10)
+    np.testing.assert_allclose(tsld.token_scale(terms.ce_teacher), scale / scale.sum(1, keepdims=True), rtol=1e-6)
+
+
+def test_temperature_1_is_the_printed_formula():
+    student, teacher, targets = example()
+    ps, pt, y = softmax64(student), softmax64(teacher), np.eye(7)[targets.numpy()]
+    inner = -np.sum(y * np.log(pt), axis=-1)  # -Σ_i y_ni log P^T_ni
+    expected = np.sum(softmax64(inner) * np.sum(-pt * np.log(ps), axis=-1), axis=1).mean()
+    terms = tsld.per_token_terms(student, teacher, targets)
+    assert tsld.tsld_loss(terms, temperature=1.0).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_infinite_temperature_is_plain_logit_distillation():
+    terms = tsld.per_token_terms(*example())
+    assert torch.equal(tsld.token_scale(terms.ce_teacher, math.inf), torch.full((3, 5), 1 / 5))
+    assert tsld.tsld_loss(terms, math.inf).item() == pytest.approx(terms.kd.double().mean().item(), rel=1e-6)
+
+
+def test_token_scale_is_a_softmax_over_each_sequence_that_grows_with_the_teachers_doubt():
+    ce = randn(4, 6).abs() * 5
+    scale = tsld.token_scale(ce, 2.0)
+    np.testing.assert_allclose(scale.sum(1), 1, rtol=1e-6)
+    for row, weights in zip(ce.double().numpy(), scale.numpy()):  # over its own sequence, whatever the others are
+        np.testing.assert_allclose(weights, softmax64(row / 2.0), rtol=1e-6)
+        assert (np.argsort(row) == np.argsort(weights)).all()
+    assert tsld.token_scale(torch.tensor([[123.0]])).item() == 1.0
+    for temperature in (0.0, -1.0, math.nan):
+        with pytest.raises(ValueError, match="temperature"):
+            tsld.token_scale(ce, temperature)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 10.0, math.inf])
+def test_gradient_of_tsld_is_scale_times_difference_of_distributions(temperature):
+    student, teacher, targets = example()
+    student.requires_grad_(), teacher.requires_grad_()
+    tsld.tsld_loss(tsld.per_token_terms(student, teacher, targets), temperature).backward()
+    scale = softmax64(terms64(student, teacher, targets)[1] / temperature)
+    expected = scale[..., None] * (softmax64(student.detach()) - softmax64(teacher.detach())) / len(student)
+    np.testing.assert_allclose(student.grad, expected, rtol=1e-5, atol=1e-8)
+    assert teacher.grad is None
+
+
+def traces(requires_grad=False):
+    def one(seed):
+        states = [randn(2, 4, 6, seed=seed + i).requires_grad_(requires_grad) for i in range(3)]
+        scores = [randn(2, 3, 4, 4, seed=seed + 5 + i).requires_grad_(requires_grad) for i in range(2)]
+        return tsld.Trace(randn(2, 4, 9, seed=seed), states, scores)
+
+    return one(0), one(100)
+
+
+def test_layer_to_layer_loss_is_mse_of_states_and_of_causal_scores():
+    student, teacher = traces()
+    expected = 0.0
+    for s, t in zip(student.hidden_states, teacher.hidden_states):
+        expected += ((s.double() - t.double()) ** 2).mean().item()
+    for s, t in zip(student.attention_scores, teacher.attention_scores):
+        squares = [
+            (s[b, h, n, m].double() - t[b, h, n, m].double()).item() ** 2
+            for b in range(2)
+            for h in range(3)
+            for n in range(4)
+            for m in range(n + 1)  # the T (T + 1) / 2 positions that attention sees
+        ]
+        assert len(squares) == 2 * 3 * 10
+        expected += np.mean(squares)
+    assert tsld.layer_to_layer_loss(student, teacher).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_no_gradient_reaches_the_teachers_layers():
+    student, teacher = traces(requires_grad=True)
+    tsld.layer_to_layer_loss(student, teacher).backward()
+    assert all(x.grad is not None for x in (*student.hidden_states, *student.attention_scores))
+    assert all(x.grad is None for x in (*teacher.hidden_states, *teacher.attention_scores))
+
+
+def test_an_unknown_loss_is_refused():
+    with pytest.raises(ValueError, match="gt, logit, l2l, logit_gt, tsld"):
+        tsld.distillation_loss("mse", tsld.per_token_terms(*example()))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def test_learning_rate_rises_linearly_then_falls_by_a_cosine_to_a_tenth():
+    config = TrainConfig(steps=201, lr=2.0, warmup=0.05, final_lr=0.1)  # 11 steps of warm-up, 190 steps of cosine
+    rates = [tsld.learning_rate(step, config) for step in range(201)]
+    np.testing.assert_allclose(rates[:11], 2.0 * np.arange(1, 12) / 11)
+    cosine = 0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi * np.arange(190) / 189))
+    np.testing.assert_allclose(rates[11:], 2.0 * cosine)
+    assert rates[11] == max(rates) == 2.0 and rates[-1] == pytest.approx(0.2)
+    assert tsld.learning_rate(0, TrainConfig(steps=1, lr=2.0)) == 2.0
+
+
+def test_a_batch_is_pieces_of_the_text_with_targets_one_token_ahead():
+    tokens = torch.arange(100, 120)
+    ids, targets = tsld.get_batch(tokens, 500, 8, np.random.default_rng(0))
+    assert ids.shape == targets.shape == (500, 8) and torch.equal(targets, ids + 1)
+    assert torch.equal(ids, ids[:, :1] + torch.arange(8))
+    assert set(ids[:, 0].tolist()) == set(range(100, 112))  # every place where 9 tokens fit
+    ids, targets = tsld.get_batch(tokens[:9], 3, 8, np.random.default_rng(0))
+    assert torch.equal(ids, tokens[:8].expand(3, 8))
+
+
+TEXT = torch.from_numpy(np.random.default_rng(1).integers(MICRO.vocab_size, size=60))
+BRIEF = TrainConfig(loss="tsld", steps=6, batch_size=2, lr=0.01)
+
+
+def batch_of_step(config, step, model):
+    return tsld.get_batch(TEXT, config.batch_size, model.config.block_size, np.random.default_rng((config.seed, step)))
+
+
+def test_two_training_steps_are_clipped_adamw_by_hand():
+    config = TrainConfig(loss="gt", steps=2, batch_size=2, lr=0.01, warmup=0.0, clip=0.5, weight_decay=0.3)
+    trained, by_hand = micro_gpt(), micro_gpt().double()
+    tsld.train(trained, TEXT, config)
+    moments = {name: [0.0, 0.0] for name, _ in by_hand.named_parameters()}
+    for step, lr in enumerate([0.01, 0.001]):
+        ids, targets = batch_of_step(config, step, by_hand)
+        by_hand.zero_grad()
+        F.cross_entropy(by_hand(ids, trace=True).logits.flatten(0, 1), targets.flatten()).backward()
+        norm = math.sqrt(sum((p.grad**2).sum().item() for p in by_hand.parameters()))
+        assert norm > 0.5  # so that clipping is seen
+        for name, p in by_hand.named_parameters():
+            gradient, moment = p.grad * 0.5 / norm, moments[name]
+            moment[0] = 0.9 * moment[0] + 0.1 * gradient
+            moment[1] = 0.95 * moment[1] + 0.05 * gradient**2
+            mean, square = moment[0] / (1 - 0.9 ** (step + 1)), moment[1] / (1 - 0.95 ** (step + 1))
+            decay = 0.3 if p.dim() == 2 else 0.0
+            p.data = p.data * (1 - lr * decay) - lr * mean / (square.sqrt() + 1e-8)
+    for (name, got), expected in zip(trained.named_parameters(), by_hand.parameters()):
+        if name.endswith("c_attn.bias"):  # a bias on the keys shifts all scores alike: its gradient is rounding noise
+            got, expected = got.view(3, -1)[[0, 2]], expected.view(3, -1)[[0, 2]]
+        np.testing.assert_allclose(got.detach(), expected.detach(), rtol=1e-3, atol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("name", tsld.LOSSES)
+def test_training_loss_is_the_named_loss_of_both_models(name):
+    student, teacher = tsld.quantize_model(micro_gpt(1)), micro_gpt(2)
+    config = replace(BRIEF, loss=name, temperature=2.0, gt_weight=0.25)
+    ids, targets = batch_of_step(config, 0, student)
+    with torch.no_grad():
+        one, two = student(ids, trace=True), teacher(ids, trace=True)
+    layers = sum(((a - b).double() ** 2).mean().item() for a, b in zip(one.hidden_states, two.hidden_states))
+    seen = np.tri(8, dtype=bool)
+    for a, b in zip(one.attention_scores, two.attention_scores):
+        layers += ((a - b).double().numpy()[..., seen] ** 2).mean()
+    expected = loss64(name, terms64(one.logits, two.logits, targets), layers, 2.0, 0.25)
+    got = tsld.training_loss(student, teacher, ids, targets, config)
+    assert got.item() == pytest.approx(expected, rel=1e-5)
+    got.backward()
+    assert all(p.grad is not None for p in student.parameters())
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_training_lowers_the_loss_and_leaves_the_teacher_as_it_was():
+    teacher = micro_gpt().train()
+    teacher.ln_f.weight.data *= 10  # sure of itself, so that there is something to learn
+    student = tsld.quantize_model(copy.deepcopy(teacher))
+    before, losses = copy.deepcopy(teacher.state_dict()), []
+    config = replace(BRIEF, steps=60, batch_size=8)
+    seconds = tsld.train(student, TEXT, config, teacher, on_step=lambda step, loss: losses.append((step, loss)))
+    assert [step for step, _ in losses] == list(range(1, 61)) and seconds > 0
+    assert np.mean([loss for _, loss in losses[-10:]]) < 0.9 * np.mean([loss for _, loss in losses[:10]])
+    assert not student.training and not teacher.training
+    assert all(torch.equal(before[name], tensor) for name, tensor in teacher.state_dict().items())
+
+
+def test_bfloat16_training_multiplies_in_bfloat16_and_keeps_float32_weights():
+    model, seen = micro_gpt(), set()
+    model.h[0].mlp.c_fc.register_forward_hook(lambda module, args, output: seen.add(output.dtype))
+    for dtype in ("bfloat16", "float32"):
+        seen.clear()
+        tsld.train(model, TEXT, TrainConfig(loss="gt", steps=1, batch_size=2, dtype=dtype))
+        assert seen == {getattr(torch, dtype)}
+        assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def train_brief(path=None, resume=False, stop_at=None, dropout=0.5, **changes):
+    student, teacher = tsld.quantize_model(micro_gpt(1, dropout=dropout)), micro_gpt(2)
+    config = replace(BRIEF, **changes)
+    tsld.train(student, TEXT, config, teacher, path, resume, lambda step, loss: step == stop_at)
+    return student.state_dict()
+
+
+def test_stopped_and_resumed_training_ends_with_the_very_same_weights(tmp_path):
+    path, uninterrupted = tmp_path / "state.pt", train_brief()
+    for stop_at in (1, 4):
+        with pytest.raises(tsld.TrainingStopped, match=f"step {stop_at} of 6"):
+            train_brief(path, resume=True, stop_at=stop_at)
+    for _ in range(2):  # the second time there is nothing left to do
+        resumed = train_brief(path, resume=True)
+        assert all(torch.equal(uninterrupted[name], resumed[name]) for name in uninterrupted)
+    fresh = train_brief(path, resume=False, seed=5)
+    assert not torch.equal(fresh["wte.weight"], uninterrupted["wte.weight"])
+
+
+@pytest.mark.parametrize("changes", [{"lr": 0.02}, {"steps": 7}, {"loss": "logit"}, {"seed": 1}, {"dropout": 0.0}])
+def test_a_checkpoint_of_another_configuration_is_refused(tmp_path, changes):
+    train_brief(tmp_path / "state.pt")
+    with pytest.raises(tsld.CheckpointError, match="another run: (model|" + "|".join(changes) + ")"):
+        train_brief(tmp_path / "state.pt", resume=True, **changes)
+
+
+def test_a_checkpoint_of_another_text_is_refused(tmp_path):
+    config, path = TrainConfig(loss="gt", steps=1, batch_size=1), tmp_path / "state.pt"
+    tsld.train(micro_gpt(), TEXT, config, checkpoint=path)
+    with pytest.raises(tsld.CheckpointError, match="another run: text"):
+        tsld.train(micro_gpt(), TEXT.flip(0), config, checkpoint=path, resume=True)
+
+
+def test_every_changed_or_missing_byte_of_a_file_is_noticed(tmp_path):
+    path = tmp_path / "file.pt"
+    tsld.write_file(path, {"weights": torch.arange(5.0), "name": "x"})
+    content = path.read_bytes()
+    assert tsld.read_file(path)["name"] == "x" and os.listdir(tmp_path) == ["file.pt"]
+    for position in [*range(0, len(content), 7), len(content) - 1]:
+        altered = bytearray(content)
+        altered[position] ^= 4
+        path.write_bytes(altered)
+        with pytest.raises(tsld.CheckpointError, match="altered"):
+            tsld.read_file(path)
+    for length in (0, 1, 31, 32, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:length])
+        with pytest.raises(tsld.CheckpointError, match="truncated"):
+            tsld.read_file(path)
+
+
+class Payload:
+    def __reduce__(self):
+        return Path.touch, (Path("executed"),)
+
+
+def test_a_file_that_would_run_code_is_refused_and_runs_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tsld.write_file("file.pt", {"identity": Payload()})
+    with pytest.raises(tsld.CheckpointError, match="file.pt"):
+        tsld.read_file("file.pt")
+    assert not Path("executed").exists()
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "file.pt"
+    tsld.write_file(path, 1)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        tsld.write_file(path, 2)
+    assert tsld.read_file(path) == 1
+
+
+def test_a_loss_that_is_not_finite_stops_training_before_it_reaches_the_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(tsld, "CHECKPOINT_SECONDS", 0)
+    model, path = micro_gpt(), tmp_path / "state.pt"
+
+    def poison(step, loss):
+        if step == 3:
+            model.ln_f.bias.data[0] = math.nan
+
+    config = TrainConfig(loss="gt", steps=9, batch_size=2, lr=1e-3, warmup=0.5)
+    with pytest.raises(tsld.TrainingDiverged, match=r"nan at step 4, learning rate 8\.00e-04"):
+        tsld.train(model, TEXT, config, checkpoint=path, on_step=poison)
+    assert torch.isfinite(model.wte.weight).all()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+@pytest.mark.parametrize("length, block_size", [(60, 8), (57, 8), (2, 8), (9, 8), (10, 8), (60, 1), (59, 7), (8, 8)])
+def test_evaluation_predicts_every_token_but_the_first_once_from_its_own_block(length, block_size):
+    model = micro_gpt()
+    nats = []
+    for n in range(length - 1):  # token n + 1, from the block that n stands in
+        block = TEXT[n // block_size * block_size : n + 1]
+        p = softmax64(model(block[None])[0, -1].detach().double())
+        nats.append(-math.log(p[TEXT[n + 1]]))
+    assert tsld.evaluate(model, TEXT[:length], block_size) == pytest.approx(np.mean(nats), rel=1e-5)
+
+
+def test_evaluation_takes_many_blocks_at_a_time_and_objects_with_logits():
+    class Uniform(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.dropout = nn.Parameter(torch.zeros(1)), nn.Dropout(0.5)
+
+        def forward(self, ids):
+            assert not self.training and not torch.is_grad_enabled()
+            return collections.namedtuple("Output", "logits")(self.weight.expand(*ids.shape, 5).bfloat16())
+
+    model = Uniform().train()
+    assert tsld.evaluate(model, torch.zeros(10_000, dtype=torch.long), 16) == pytest.approx(math.log(5), rel=1e-6)
+    assert model.training
+    with pytest.raises(ValueError, match="2 tokens"):
+        tsld.evaluate(model, torch.zeros(1, dtype=torch.long), 16)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data and vocabulary
+
+
+def sha256(content):
+    return hashlib.sha256(content).hexdigest()
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(url, timeout):
+        assert timeout == 10
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(train_small.urllib.request, "urlopen", refuse)
+
+
+@pytest.fixture
+def mirrors(tmp_path, monkeypatch):
+    """Two mirrors as local folders, the first without files, and an empty data folder with the vocabulary."""
+    content = {part: f"the {part} text\n".encode() * 40 for part in train_small.PARTS}
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    for part, text in content.items():
+        (tmp_path / "two" / f"ptb.{part}.txt").write_bytes(text)
+    monkeypatch.setattr(train_small, "PTB_MIRRORS", [f"file://{tmp_path}/{name}/" for name in ("one", "two")])
+    monkeypatch.setattr(train_small, "PTB_SHA256", {part: sha256(text) for part, text in content.items()})
+    monkeypatch.setattr(train_small, "DATA", tmp_path / "data")
+    return tmp_path
+
+
+def test_ptb_is_downloaded_from_the_first_mirror_that_has_it_and_kept(mirrors, monkeypatch):
+    assert train_small.load_corpus("ptb").texts["valid"] == "the valid text\n" * 40
+    assert sorted(os.listdir(mirrors / "data" / "ptb")) == ["ptb.test.txt", "ptb.train.txt", "ptb.valid.txt"]
+    monkeypatch.setattr(train_small, "PTB_MIRRORS", ["file:///nowhere/"])
+    corpus = train_small.load_corpus(None)
+    assert corpus.name == "ptb" and corpus.texts["train"].startswith("the train text")
+
+
+def test_a_download_that_does_not_match_its_checksum_leaves_nothing(mirrors):
+    (mirrors / "two" / "ptb.valid.txt").write_bytes(b"something else")
+    with pytest.raises(train_small.UserError, match="does not match its SHA-256"):
+        train_small.load_corpus("ptb")
+    assert os.listdir(mirrors / "data" / "ptb") == ["ptb.train.txt"]
+
+
+def test_without_data_and_network_the_corpus_is_pydoc_and_says_why(mirrors, no_network):
+    corpus = train_small.load_corpus(None)
+    assert corpus.name == "pydoc" and "instead of the Penn Treebank" in corpus.description
+    assert "no route to host" in corpus.description
+    from pydoc_data.topics import topics
+
+    whole = "\n\n".join(text for _, text in sorted(topics.items()))
+    assert "".join(corpus.texts[part] for part in train_small.PARTS) == whole
+    sizes = [len(corpus.texts[part].encode()) / len(whole.encode()) for part in train_small.PARTS]
+    np.testing.assert_allclose(sizes, [0.90, 0.05, 0.05], atol=1e-4)
+
+
+def test_a_text_is_cut_90_5_5_by_bytes_and_never_inside_a_character():
+    for text in ("x" * 200, "ä€😀" * 70, "é" * 3, "a"):
+        content = text.encode()
+        parts = train_small.split_text(content)
+        assert list(parts) == ["train", "valid", "test"] and "".join(parts.values()) == text
+        for part, end in (("train", 0.9), ("valid", 0.95)):
+            upto = "".join(list(parts.values())[: 1 + list(parts).index(part)])
+            assert 0 <= int(end * len(content)) - len(upto.encode()) < 4
+
+
+STRINGS = [
+    "",
+    " ",
+    "the the  the\n\n\tthe",
+    "N <unk> $ mr. 'quoted' isn't 3.14 snake_case\r\n",
+    "Grüße, 世界! 🙂👩‍👩‍👧 \u0000\u00a0\u2028 ١٢٣",
+    "".join(map(chr, range(1, 1000))),
+    "a" * 3000,
+]
+
+
+def test_every_text_survives_the_small_vocabulary():
+    tokenizer = train_small.load_tokenizer("bpe2048")
+    assert tokenizer.n_vocab == 2048 == train_small.PRESETS["tiny"].gpt.vocab_size
+    rng = np.random.default_rng(0)
+    points = [p for p in range(0x11000) if not 0xD800 <= p < 0xE000]
+    random = ["".join(chr(points[i]) for i in rng.integers(len(points), size=50)) for _ in range(50)]
+    for text in STRINGS + random:
+        assert tokenizer.decode(tokenizer.encode_ordinary(text)) == text
+    for byte in range(256):
+        assert tokenizer.decode_single_token_bytes(byte) == bytes([byte])
+
+
+def test_the_small_vocabulary_shortens_english_by_more_than_half():
+    text = "The company said it expects to report a loss for the third quarter of the year."
+    assert len(train_small.load_tokenizer("bpe2048").encode_ordinary(text)) < len(text) / 2
+
+
+def test_learning_a_vocabulary_joins_the_most_frequent_pair_each_time():
+    text = "low lower lowest newer newest wider low low  new\nnew 1999 aaaa aaaaa"
+    words = [[bytes([b]) for b in word.encode()] for word in train_small.re.findall(train_small.PATTERN, text)]
+    expected = [bytes([byte]) for byte in range(256)]
+    while len(expected) < 275:  # brute force: count everything anew for every token
+        counts = collections.Counter(pair for word in words for pair in zip(word, word[1:]))
+        best = max(counts, key=lambda pair: (counts[pair], pair))
+        expected.append(b"".join(best))
+        for word in words:
+            i = 0
+            while i < len(word) - 1:
+                if (word[i], word[i + 1]) == best:
+                    word[i : i + 2] = [b"".join(best)]
+                i += 1
+    assert train_small.learn_vocabulary(text, 275) == expected
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command line
+
+WORDS = "the quick brown fox jumps over the lazy dog and the cat sat on a mat while it rained all day long .\n"
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    """The preset `tiny` made minute, and a text to train on."""
+    preset = train_small.PRESETS["tiny"]
+    gpt = GPTConfig(block_size=16, vocab_size=2048, n_layer=1, n_head=2, n_embd=8)
+    teacher, student = replace(preset.teacher, steps=4, batch_size=4), replace(preset.student, steps=6, batch_size=4)
+    small = replace(preset, gpt=gpt, teacher=teacher, student=student, student_tokens=300)
+    monkeypatch.setitem(train_small.PRESETS, "tiny", small)
+    path = tmp_path / "text.txt"
+    path.write_text(WORDS * 40)
+    return ["--data", str(path), "--out", str(tmp_path / "out"), "--device", "cpu"]
+
+
+def run(argv, capsys):
+    """Runs the command, returns what it printed."""
+    assert train_small.main(argv) == 0
+    return capsys.readouterr().out
+
+
+def refused(argv, capsys, words):
+    """The command ends with exit code 2 and one line on stderr that has these words; returns what it printed before."""
+    assert train_small.main(argv) == 2
+    printed = capsys.readouterr()
+    assert printed.err.count("\n") == 1 and printed.err.startswith("train_small.py: ")
+    assert words in printed.err, printed.err
+    return printed.out
+
+
+SCORES = [f"{test}{who}_{u}" for test in ("", "test_") for who in ("teacher", "ptq", "student") for u in ("ppl", "bpb")]
+
+
+def test_a_run_leaves_one_result_per_loss_with_all_fields(tiny, capsys, tmp_path):
+    out = run(["--loss", "all", "--seed", "3", "--granularity", "channel", *tiny], capsys)
+    assert out.startswith(f"corpus: {tiny[1]}, as asked for\n")
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [row["loss"] for row in rows] == list(tsld.LOSSES)
+    for row in rows:
+        assert f"student, {row['loss']} " in out
+        assert (row["bits"], row["granularity"], row["seed"]) == (2, "channel", 3)
+        assert (row["model"], row["data"], row["tokenizer"]) == ("tiny", tiny[1], "bpe2048")
+        assert all(row[name] > 0 for name in SCORES)
+        assert row["teacher_ppl"] == rows[0]["teacher_ppl"]
+        assert row["bytes_fp32"] == 4 * (2048 * 8 + 16 * 8 + 8 * (24 + 8 + 32 + 32) + 24 + 8 + 32 + 8 + 6 * 8)
+        assert row["linear_bytes_fp32"] == 4 * 8 * (24 + 8 + 32 + 32)
+        assert row["train_seconds"] > 0
+        assert row["tokens_per_second"] == pytest.approx(6 * 4 * 16 / row["train_seconds"])
+
+
+def test_perplexity_is_per_token_and_bits_are_per_byte_of_the_predicted_text(tiny, capsys, tmp_path):
+    run(tiny, capsys)
+    row = json.loads((tmp_path / "out" / "results.json").read_text())[0]
+    tokenizer = train_small.load_tokenizer("bpe2048")
+    for prefix, part in (("", "valid"), ("test_", "test")):
+        tokens = tokenizer.encode_ordinary(train_small.split_text((WORDS * 40).encode())[part])
+        size = len(b"".join(tokenizer.decode_single_token_bytes(t) for t in tokens[1:]))
+        for who in ("teacher", "ptq", "student"):
+            bits = math.log2(row[f"{prefix}{who}_ppl"]) * (len(tokens) - 1)
+            assert row[f"{prefix}{who}_bpb"] == pytest.approx(bits / size)
+
+
+def test_the_teacher_is_trained_once_per_configuration_and_text(tiny, capsys, tmp_path):
+    folder = tmp_path / "out"
+    assert "found there" not in run(["--loss", "gt", *tiny], capsys)
+    kept = set(folder.glob("teacher-tiny-*.pt"))
+    out = run(["--loss", "logit", "--lr", "1e-4", "--student-tokens", "200", *tiny], capsys)
+    assert "found there" in out and "teacher: step" not in out and set(folder.glob("teacher-*")) == kept
+    for changed in (["--teacher-steps", "5"], ["--seed", "1"]):
+        assert "found there" not in run(["--loss", "gt", *changed, *tiny], capsys)
+    assert len(set(folder.glob("teacher-*"))) == 3
+
+
+def test_a_shortened_run_shortens_the_teacher_in_proportion(tiny, capsys):
+    assert "teacher: 2 steps" in run(["--steps", "3", *tiny], capsys)
+    assert "teacher: 4 steps" in run(["--steps", "12", *tiny], capsys)
+    assert "teacher: 1 steps" in run(["--steps", "3", "--teacher-steps", "1", *tiny], capsys)
+
+
+def test_gpt2s_schedule_is_the_papers():
+    preset = train_small.PRESETS["gpt2"]
+    assert (preset.gpt.n_layer, preset.gpt.n_embd, preset.gpt.block_size, preset.gpt.vocab_size) == (12, 768, 512, 50257)
+    assert (preset.teacher_epochs, preset.student_epochs) == (3, 90)
+    for config in (preset.teacher, preset.student):
+        assert (config.batch_size, config.lr) == (4, 1e-4)
+    tokens = torch.zeros(1_000_000)
+    assert train_small.limit(10**6, 3, preset.teacher, 512, tokens) == math.ceil(3 * 1_000_000 / (4 * 512))
+
+
+def test_four_bits_are_trained_too_and_nothing_is_packed(tiny, capsys, tmp_path):
+    run(["--bits", "4", *tiny], capsys)
+    row = json.loads((tmp_path / "out" / "results.json").read_text())[0]
+    assert row["bits"] == 4 and row["bytes_packed"] is row["linear_bytes_packed"] is None
+
+
+def student_weights(folder):
+    return tsld.read_file(folder / "student-tsld.pt")["model"]
+
+
+KILLED = """
+import os, signal, sys
+import torch, train_small, tsld
+from dataclasses import replace
+torch.set_num_threads(1)
+preset = train_small.PRESETS["tiny"]
+gpt = tsld.GPTConfig(block_size=16, vocab_size=2048, n_layer=1, n_head=2, n_embd=8)
+teacher, student = replace(preset.teacher, steps=4, batch_size=4), replace(preset.student, steps=6, batch_size=4)
+train_small.PRESETS["tiny"] = replace(preset, gpt=gpt, teacher=teacher, student=student, student_tokens=300)
+tsld.CHECKPOINT_SECONDS = 0
+write = tsld.write_file
+def write_and_die(path, content):
+    write(path, content)
+    if "student" in str(path) and content["step"] == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+tsld.write_file = write_and_die
+train_small.main(sys.argv[1:])
+"""
+
+
+def test_a_killed_run_resumed_ends_with_the_very_same_weights(tiny, capsys, tmp_path):
+    killed = subprocess.run([sys.executable, "-c", KILLED, *tiny], cwd=HERE, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert tsld.read_file(tmp_path / "out" / "student-tsld.pt")["step"] == 3
+    run(["--resume", *tiny], capsys)
+    resumed = student_weights(tmp_path / "out")
+    run([*tiny[:2], "--out", str(tmp_path / "uninterrupted"), "--device", "cpu"], capsys)
+    uninterrupted = student_weights(tmp_path / "uninterrupted")
+    assert all(torch.equal(uninterrupted[name], resumed[name]) for name in uninterrupted)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_says_how_to_go_on(tiny, capsys, tmp_path, monkeypatch, number):
+    show = train_small.show_progress
+
+    def interrupted(text, last=False):
+        if text.startswith("student, tsld: step 2/"):
+            signal.raise_signal(number)
+        show(text, last)
+
+    monkeypatch.setattr(train_small, "show_progress", interrupted)
+    assert train_small.main(tiny) == 130
+    assert capsys.readouterr().err.strip().endswith("stopped after step 2 of 6; go on with the same command and --resume")
+    assert tsld.read_file(tmp_path / "out" / "student-tsld.pt")["step"] == 2
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+# What bad input gets: one line that names cause and remedy, exit code 2, nothing half-written.
+
+BAD_FLAGS = [
+    ["--frobnicate"],
+    ["--loss", "mse"],
+    ["--bits", "3"],
+    ["--granularity", "row"],
+    ["--model", "gpt3"],
+    ["--steps", "0"],
+    ["--steps", "many"],
+    ["--batch-size", "-1"],
+    ["--lr", "0"],
+    ["--lr", "nan"],
+    ["--seed", "-1"],
+    ["--gt-weight", "-0.5"],
+    ["--tsld-temperature", "0"],
+    ["--student-tokens", "1.5"],
+    ["--dtype", "int8"],
+    ["--data"],
+    ["stray"],
+]
+
+
+@pytest.mark.parametrize("flags", BAD_FLAGS, ids=" ".join)
+def test_an_unknown_flag_or_value_is_refused(flags, tiny, capsys, tmp_path):
+    assert refused([*tiny, *flags], capsys, flags[0]) == ""
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_empty_or_undecodable_text_is_refused(tiny, capsys, tmp_path):
+    refused([*tiny, "--data", str(tmp_path / "nowhere.txt")], capsys, "nowhere.txt: No such file")
+    for content, words in ((b"", "empty"), (b"caf\xe9 " * 1000, "not UTF-8")):
+        (tmp_path / "bad.txt").write_bytes(content)
+        refused([*tiny, "--data", str(tmp_path / "bad.txt")], capsys, words)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "train.txt").write_text(WORDS)
+    refused([*tiny, "--data", str(folder)], capsys, "a folder needs train.txt, valid.txt and test.txt")
+    for part in ("valid", "test"):
+        (folder / f"{part}.txt").write_text("" if part == "test" else WORDS)
+    refused([*tiny, "--data", str(folder)], capsys, "the test part is empty")
+    (folder / "test.txt").write_text(WORDS)
+    assert "corpus: " + str(folder) in run([*tiny, "--data", str(folder)], capsys)
+    assert not list((tmp_path / "out").glob("*.tmp"))
+
+
+def test_a_text_too_short_for_one_block_is_refused(tiny, capsys, tmp_path):
+    (tmp_path / "short.txt").write_text(WORDS[:30])
+    refused([*tiny, "--data", str(tmp_path / "short.txt")], capsys, "too short")
+    refused([*tiny, "--student-tokens", "16"], capsys, "the student text is too short: 16 tokens, and it takes 17")
+    assert os.listdir(tmp_path / "out") == []
+
+
+def test_ptb_asked_for_and_not_to_be_had_is_refused(tiny, capsys, mirrors, no_network):
+    refused([*tiny, "--data", "ptb"], capsys, "ptb.train.txt cannot be downloaded")
+    (mirrors / "data" / "ptb").mkdir(parents=True)
+    (mirrors / "data" / "ptb" / "ptb.train.txt").write_text("altered")
+    refused([*tiny, "--data", "ptb"], capsys, "does not match its SHA-256: delete it")
+
+
+def test_without_data_a_damaged_ptb_falls_back_to_pydoc(tiny, capsys, mirrors, no_network):
+    (mirrors / "data" / "ptb").mkdir(parents=True)
+    (mirrors / "data" / "ptb" / "ptb.train.txt").write_text("altered")
+    out = run(tiny[2:], capsys).splitlines()[0]
+    assert out.startswith("corpus: pydoc") and "does not match its SHA-256" in out
+
+
+def test_a_damaged_or_foreign_checkpoint_is_refused(tiny, capsys, tmp_path):
+    run(tiny, capsys)
+    student = tmp_path / "out" / "student-tsld.pt"
+    teacher = next((tmp_path / "out").glob("teacher-*.pt"))
+    for path in (student, teacher):
+        content = path.read_bytes()
+        for damaged in (content[:-100], content[:500] + b"!" + content[501:], b"GIF89a", b""):
+            path.write_bytes(damaged)
+            refused(["--resume", *tiny], capsys, f"{path} is truncated, altered")
+            assert path.read_bytes() == damaged
+        path.write_bytes(content)
+    refused(["--resume", "--lr", "0.5", *tiny], capsys, "another run: lr is 0.001 there and 0.5 here")
+    run(["--resume", *tiny], capsys)
+
+
+def test_a_device_that_is_not_there_is_refused(tiny, capsys):
+    for device in ("cuda:99", "abacus"):
+        refused([*tiny, "--device", device], capsys, f"--device {device}: there is no such device")
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_training(tiny, capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert refused([*tiny, "--out", str(tmp_path / "file")], capsys, "cannot be written") == ""
+    assert refused([*tiny, "--out", str(tmp_path / "file" / "out")], capsys, "cannot be written") == ""
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_the_last_good_checkpoint(tiny, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(tsld, "CHECKPOINT_SECONDS", 0)
+    exact, calls = tsld.training_loss, []
+
+    def fails_later(*arguments):
+        calls.append(1)
+        return exact(*arguments) * (math.inf if len(calls) == 4 + 3 else 1.0)  # the student's third step
+
+    monkeypatch.setattr(tsld, "training_loss", fails_later)
+    assert train_small.main(tiny) == 1
+    assert "the loss became inf at step 3" in capsys.readouterr().err
+    assert tsld.read_file(tmp_path / "out" / "student-tsld.pt")["step"] == 2
+
+
+def test_a_gpu_without_gpt2s_vocabulary_uses_tiny_and_says_so(monkeypatch, capsys):
+    def unreachable(name):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(train_small.tiktoken, "get_encoding", unreachable)
+    name, tokenizer = train_small.choose_model(None, torch.device("cuda"))
+    assert (name, tokenizer.name) == ("tiny", "bpe2048") and "instead of gpt2" in capsys.readouterr().out
+    with pytest.raises(train_small.UserError, match="--model tiny"):
+        train_small.choose_model("gpt2", torch.device("cuda"))
+    assert train_small.choose_model(None, torch.device("cpu"))[0] == "tiny"
