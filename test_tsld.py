@@ -232,6 +232,201 @@ def test_quantize_model_refuses_a_model_with_nothing_to_quantize():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Bit packing
+
+
+def random_codes(out_features, in_features, seed=0):
+    return torch.from_numpy(np.random.default_rng(seed).integers(-1, 2, size=(out_features, in_features), dtype=np.int8))
+
+
+SHAPES = [(1, 1), (1, 4), (3, 2), (2, 3), (5, 5), (4, 8), (7, 30), (16, 31), (1, 33), (3000, 6)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_packing_and_unpacking_is_lossless_at_two_bits_a_weight(shape):
+    for codes in (random_codes(*shape), random_codes(*shape[::-1]).t(), *(torch.full(shape, c).char() for c in (-1, 0, 1))):
+        packed = tsld.pack_ternary(codes)
+        assert packed.dtype == torch.uint8 and packed.shape == (shape[0], math.ceil(shape[1] / 4))
+        assert torch.equal(tsld.unpack_ternary(packed, shape[1]), codes)
+        assert tsld.unpack_ternary(packed, shape[1]).dtype == torch.int8
+
+
+def test_byte_i_holds_weight_i_of_each_quarter_of_the_row():
+    codes = random_codes(3, 10)  # quarters of 3, the last one with 2 codes of filling
+    for row, packed in zip(codes.tolist(), tsld.pack_ternary(codes).tolist()):
+        row += [0, 0]
+        assert packed == [sum((row[3 * j + i] + 1) * 4**j for j in range(4)) for i in range(3)]
+
+
+def test_the_worked_example_of_pack_ternary():
+    codes = torch.tensor([[1, 0, -1], [0, 1, 1], [-1, 0, 0]], dtype=torch.int8)
+    packed = tsld.pack_ternary(codes)
+    assert packed.tolist() == [[70], [105], [84]] and [70, 105, 84] == [0b01000110, 0b01101001, 0b01010100]
+    x, scale = torch.tensor([2.0, 3.0, 5.0]), torch.tensor([[0.5]])
+    for y in (tsld.ternary_matmul(x, packed, scale), tsld.ternary_matmul_by_sums(x, codes, scale)):
+        assert y.tolist() == [-1.5, 4.0, -1.0]
+
+
+def test_the_product_by_sums_is_the_matrix_product():
+    codes, x = random_codes(9, 14), randn(14)
+    for scale in (torch.tensor([[0.3]]), randn(9, 1).abs()):
+        expected = (scale.double() * codes.double()) @ x.double()
+        np.testing.assert_allclose(tsld.ternary_matmul_by_sums(x, codes, scale), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)])
+@pytest.mark.parametrize("leading", [(), (1,), (2,), (1, 1), (3, 5), (0,)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_ternary_matmul_is_x_times_the_transposed_weight(shape, leading, dtype, tolerance):
+    codes, x = random_codes(*shape), randn(*leading, shape[1]).to(dtype)
+    packed = tsld.pack_ternary(codes)
+    for scale in (torch.tensor([[0.3]]), torch.rand(shape[0], 1), torch.zeros(1, 1)):
+        y = tsld.ternary_matmul(x, packed, scale)
+        assert y.dtype == dtype and y.shape == (*leading, shape[0])
+        expected = x.double() @ (scale.double() * codes).t()
+        largest = max(1.0, x.double().abs().sum(-1).max().item()) if x.numel() else 1.0
+        assert torch.all((y.double() - expected).abs() <= tolerance * largest)
+
+
+def test_ternary_matmul_takes_tensors_that_are_not_contiguous():
+    codes, scale = random_codes(6, 12), torch.full((1, 1), 0.5)
+    wide, tall = randn(4, 24)[:, ::2], randn(12, 4).t()
+    packed = tsld.pack_ternary(codes)
+    scattered = torch.stack([packed, packed], dim=2)[..., 0]
+    assert not scattered.is_contiguous()
+    for x in (wide, tall, wide[:1], tall[1]):
+        torch.testing.assert_close(tsld.ternary_matmul(x, packed, scale), x @ (scale * codes).t())
+        torch.testing.assert_close(tsld.ternary_matmul(x, scattered, scale), x @ (scale * codes).t())
+
+
+def test_ternary_matmul_accumulates_in_float32():
+    packed = tsld.pack_ternary(torch.ones(1, 4096, dtype=torch.int8))
+    for rows in (1, 2):  # bfloat16 cannot count beyond 256
+        y = tsld.ternary_matmul(torch.ones(rows, 4096, dtype=torch.bfloat16), packed, torch.ones(1, 1))
+        assert torch.all(y == 4096)
+
+
+def test_compiled_and_eager_products_agree():
+    compiled = torch.compile(tsld.ternary_matmul)
+    for rows, out_features, in_features in ((1, 33, 31), (5, 64, 40)):
+        x, scale = randn(rows, in_features), torch.rand(out_features, 1)
+        packed = tsld.pack_ternary(random_codes(out_features, in_features))
+        try:
+            got = compiled(x, packed, scale)
+        except torch._dynamo.exc.BackendCompilerFailed:
+            pytest.skip("torch.compile finds no compiler here")
+        torch.testing.assert_close(got, tsld.ternary_matmul(x, packed, scale))
+
+
+def quantized_gpt(granularity="tensor", **changes):
+    return tsld.quantize_model(micro_gpt(**changes), granularity=granularity)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+def test_the_packed_model_computes_what_the_quantized_one_did(granularity):
+    model, ids = quantized_gpt(granularity), micro_ids()
+    expected = model(ids).detach()
+    assert tsld.pack_model(model) is model and not model.training
+    layers = [m for m in model.modules() if isinstance(m, tsld.PackedLinear)]
+    assert len(layers) == 8 and not any(isinstance(m, QuantLinear) for m in model.modules())
+    assert (model(ids) - expected).abs().max() <= 1e-4 * expected.abs().max()
+    one_by_one = torch.cat([model(ids[:1, : n + 1])[:, -1:] for n in range(8)], dim=1)  # the last row alone
+    torch.testing.assert_close(one_by_one, expected[:1], rtol=1e-4, atol=1e-4)
+    greedy = model.generate(ids[:, :2], 6, temperature=0)
+    assert torch.equal(greedy, quantized_gpt(granularity).generate(ids[:, :2], 6, temperature=0))
+
+
+def test_only_two_bit_layers_are_packed():
+    model = quantized_gpt()
+    model.h[1].mlp.c_fc.bits = 4
+    tsld.pack_model(model)
+    assert isinstance(model.h[1].mlp.c_fc, QuantLinear) and isinstance(model.h[1].mlp.c_proj, tsld.PackedLinear)
+    for model in (micro_gpt(), tsld.quantize_model(micro_gpt(), bits=4)):
+        with pytest.raises(ValueError, match="no 2-bit QuantLinear"):
+            tsld.pack_model(model)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+def test_a_saved_and_loaded_model_differs_by_the_float16_of_its_embeddings_alone(tmp_path, granularity):
+    model, path = tsld.pack_model(quantized_gpt(granularity)), tmp_path / "model.packed"
+    tsld.save_model(path, model)
+    loaded = tsld.load_model(path)
+    assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+    assert loaded.config == model.config
+    for embedding in (model.wte, model.wpe):
+        embedding.weight.data = embedding.weight.data.half().float()
+    ids = micro_ids()
+    for x in (ids, ids[:1], ids[:1, :1]):
+        torch.testing.assert_close(loaded(x), model(x), rtol=1e-5, atol=1e-5)
+    assert loaded.wte.weight.dtype == torch.float16
+    assert torch.equal(loaded.generate(ids[:, :2], 6, temperature=0), model.generate(ids[:, :2], 6, temperature=0))
+    tsld.save_model(tmp_path / "again.packed", loaded)
+    torch.testing.assert_close(tsld.load_model(tmp_path / "again.packed")(ids), loaded(ids))
+
+
+def test_gpt2_small_takes_at_most_105_megabytes_and_its_ternary_weights_a_sixteenth(tmp_path):
+    with torch.device("meta"):
+        model = tsld.quantize_model(GPT(GPTConfig()))
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    model.lm_head.weight = model.wte.weight
+    tsld.save_model(tmp_path / "gpt2.packed", tsld.pack_model(model))
+    assert os.path.getsize(tmp_path / "gpt2.packed") < 105e6
+    packed = sum(m.packed.numel() for m in model.modules() if isinstance(m, tsld.PackedLinear))
+    assert packed * 16 == 4 * 84_934_656
+
+
+def test_a_packed_file_fills_a_model_that_is_not_our_gpt(tmp_path):
+    def other(tied):
+        torch.manual_seed(0)
+        layers = {"embed": nn.Embedding(11, 6), "up": nn.Linear(6, 7), "norm": nn.LayerNorm(7)}
+        layers |= {"down": nn.Linear(7, 6, bias=False), "conv": Conv1D(6, 6), "lm_head": nn.Linear(6, 11, bias=False)}
+        if tied:
+            layers["lm_head"].weight = layers["embed"].weight
+        return nn.Sequential(collections.OrderedDict(layers))
+
+    for tied in (True, False):
+        source, path = tsld.pack_model(tsld.quantize_model(other(tied))), tmp_path / f"{tied}.packed"
+        tsld.save_model(path, source)
+        ids = torch.arange(11)[None]
+        blank = other(tied)
+        for parameter in blank.parameters():
+            parameter.data.zero_()
+        for into in (blank, tsld.quantize_model(other(tied))):
+            loaded = tsld.load_model(path, into=into)
+            assert loaded is into and not loaded.training
+            torch.testing.assert_close(loaded(ids), source(ids), rtol=1e-2, atol=1e-2)
+        with pytest.raises(tsld.CheckpointError, match="needs `into`"):
+            tsld.load_model(path)
+        wrong = other(tied)
+        wrong.norm = nn.LayerNorm(8)
+        with pytest.raises(tsld.CheckpointError, match=r"another model: norm\.bias has shape \(7,\) there and \(8,\) here"):
+            tsld.load_model(path, into=wrong)
+        assert type(wrong.up) is nn.Linear  # untouched
+
+
+def test_a_file_that_is_no_packed_model_is_refused(tmp_path):
+    path = tmp_path / "model.packed"
+    tsld.save_model(path, tsld.pack_model(quantized_gpt()))
+    content = path.read_bytes()
+    for damaged in (content[:-1], content[: len(content) // 2], b"PK", b"", b"GGUF" + content[4:]):
+        path.write_bytes(damaged)
+        with pytest.raises(tsld.CheckpointError, match="truncated, altered, or not a file"):
+            tsld.load_model(path)
+    rng = np.random.default_rng(0)
+    for position in rng.integers(len(content), size=50):
+        path.write_bytes(content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :])
+        with pytest.raises(tsld.CheckpointError):
+            tsld.load_model(path)
+    tsld.write_file(path, {"step": 3})
+    with pytest.raises(tsld.CheckpointError, match="not a packed model"):
+        tsld.load_model(path)
+    with pytest.raises(ValueError, match="pack_model"):
+        tsld.save_model(path, quantized_gpt())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # GPT
 
 
@@ -336,9 +531,10 @@ def test_dropout_acts_in_training_alone_and_keeps_the_mean():
         assert not torch.equal(*outputs)
     model.h[0].attn.train().c_proj = nn.Identity()  # leaves the dropout on probabilities, and the one on the output
     x = randn(1, 8, 12)
-    expected = model.h[0].attn.eval()(x)
+    positions = torch.arange(8)
+    expected = model.h[0].attn.eval()(x, positions)
     for scores in (None, []):
-        mean = model.h[0].attn.train()(x.expand(20_000, -1, -1), scores=scores).mean(0)
+        mean = model.h[0].attn.train()(x.expand(20_000, -1, -1), positions, scores=scores).mean(0)
         assert (mean - expected).abs().max() < 0.15 * expected.abs().max()
 
 

@@ -28,9 +28,10 @@ Symbols, and what they are called below:
 Contents, in reading order:
 
     1. Quantizers    weights to codes and a scale, with a gradient all the same
-    2. GPT           GPT-2, and text from it
-    3. Losses        three numbers per token, and the five published ways to weigh them
-    4. Training      the loop, evaluation, checkpoints
+    2. Bit packing   codes to 2 bits each, and the matrix product that reads them
+    3. GPT           GPT-2, and text from it
+    4. Losses        three numbers per token, and the five published ways to weigh them
+    5. Training      the loop, evaluation, checkpoints
 
 Losses are in nats unless a name says bits. Tensors keep their device and dtype unless a docstring says otherwise.
 """
@@ -155,7 +156,7 @@ def _output_heads(model):
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     return [
         module
-        for name, module in model.named_modules()
+        for name, module in model.named_modules(remove_duplicate=False)
         if name.split(".")[-1] in ("lm_head", "head") or id(getattr(module, "weight", None)) in embeddings
     ]
 
@@ -190,59 +191,174 @@ def quantize_model(model, bits=2, granularity="tensor"):
 # ----------------------------------------------------------------------------------------------------------------------
 # 2. Bit packing
 #
-# A ternary code needs 2 bits: code + 1 is 0, 1 or 2. Four to a byte, the weights take 1/16 of their FP32 size. A row of
-# `in` codes is cut into 4 quarters of K = ceil(in / 4), the last one padded with code 0; byte i of the row holds weight
-# i of each quarter, quarter j in bits 2j and 2j + 1. So one shift and one mask of all the bytes give a whole quarter,
-# in order.
+# The slide "Motivation: Accuracy Loss in Ternary Quantization" promises 16 times less memory and a matrix product
+# without multiplications. Here is where the student keeps both promises.
+#
+# A ternary code needs 2 bits: code + 1 is 0, 1 or 2. A row of `in` codes is cut into 4 quarters of K = ceil(in / 4)
+# codes, the last quarter filled up with code 0. Byte i of the packed row holds the i-th code of each quarter, quarter j
+# in bits 2j and 2j + 1, so that one shift and one mask of all bytes give a whole quarter in order.
 
 
 def pack_ternary(codes):
-    """codes: int8 (out, in) in {-1, 0, +1} -> uint8 (out, ceil(in / 4))."""
-    columns = -(-codes.shape[1] // 4)  # K
-    quarters = F.pad(codes, (0, 4 * columns - codes.shape[1])).view(-1, 4, columns) + 1  # (out, 4, K) in {0, 1, 2}
-    shifts = torch.tensor([0, 2, 4, 6], device=codes.device)[:, None]
-    return (quarters.int() << shifts).sum(1).to(torch.uint8)
+    """codes: int8 (out, in) in {-1, 0, +1} -> uint8 (out, ceil(in / 4)).
+
+    An example with 3 columns: K = 1, so each row is one byte, and the fourth quarter is filling (code 0, bits 01).
+
+        codes          code + 1 in bits, last quarter first      byte
+        +1  0 -1       01 00 01 10                               0x46 = 70
+         0 +1 +1       01 10 10 01                               0x69 = 105
+        -1  0  0       01 01 01 00                               0x54 = 84
+
+    and ternary_matmul of x = (2, 3, 5) with it adds and subtracts:
+
+        y = α · ( 2 - 5,  3 + 5,  -2 ) = α · (-3, 8, -2)
+    """
+    K = math.ceil(codes.shape[1] / 4)
+    quarters = F.pad(codes, (0, 4 * K - codes.shape[1])).view(-1, 4, K).to(torch.uint8) + 1  # (out, 4, K) in {0, 1, 2}
+    return sum(quarters[:, j] << 2 * j for j in range(4))
 
 
 def unpack_ternary(packed, in_features):
-    """packed: uint8 (out, ceil(in / 4)) -> codes int8 (out, in)."""
-    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=packed.device)[:, None]
-    quarters = ((packed[:, None] >> shifts) & 3).to(torch.int8) - 1  # (out, 4, K)
-    return quarters.flatten(1)[:, :in_features]
+    """packed: uint8 (out, ceil(in / 4)) -> codes, int8 (out, in)."""
+    quarters = [((packed >> 2 * j) & 3).to(torch.int8) - 1 for j in range(4)]  # each (out, K)
+    return torch.cat(quarters, dim=1)[:, :in_features]
+
+
+def ternary_matmul_by_sums(x, codes, scale):
+    """The product without multiplications, in its plainest dress: for each output the sum of the x where the code is +1
+    minus the sum of the x where it is -1, and one product with α at the end.
+    x: (in,); codes: (out, in); scale: (1, 1) or (out, 1). Returns (out,)."""
+    sums = torch.stack([x[row == 1].sum() - x[row == -1].sum() for row in codes])
+    return scale.flatten() * sums
 
 
 def ternary_matmul(x, packed, scale):
-    """x @ (scale · codes).T. x: (..., in), any float dtype; packed: uint8 (out, ceil(in / 4)); scale: float32 (1, 1) or
-    (out, 1). Returns (..., out) in x's dtype, accumulated in float32."""
-    codes = unpack_ternary(packed, x.shape[-1]).float()  # (out, in)
-    return (x.float() @ codes.t() * scale.flatten()).to(x.dtype)
+    """x @ (scale · codes).T from the packed bytes, weights of 2 bits and activations in floating point (W2A16).
+
+    x: (..., in), any float dtype; packed: uint8 (out, ceil(in / 4)); scale: float32 (1, 1) or (out, 1). Returns
+    (..., out) in x's dtype, accumulated in float32. One row of x is limited by reading the weights, and under
+    torch.compile becomes one loop over the bytes; many rows are limited by arithmetic, and unpack a block of outputs at
+    a time for a dense product.
+    """
+    rows = x.reshape(-1, x.shape[-1]).float()  # (M, in)
+    if len(rows) == 1:
+        K = packed.shape[1]
+        x0, x1, x2, x3 = F.pad(rows[0], (0, 4 * K - rows.shape[1])).view(4, K)  # the x that meet each quarter
+        p = packed.int()  # (out, K)
+        y = (p & 3) * x0 + ((p >> 2) & 3) * x1 + ((p >> 4) & 3) * x2 + ((p >> 6) & 3) * x3
+        y = y.sum(1)[None] - rows.sum()  # Σ (code + 1) · x - Σ x
+    else:
+        blocks = packed.split(1024)
+        y = torch.cat([rows @ unpack_ternary(block, rows.shape[1]).float().t() for block in blocks], dim=1)
+    return (y * scale.flatten()).to(x.dtype).view(*x.shape[:-1], len(packed))
 
 
 class PackedLinear(nn.Module):
-    """A linear layer with its ternary weights packed, 2 bits each."""
+    """A linear layer whose ternary weight is packed, 2 bits each. For inference: it has nothing to train."""
 
     def __init__(self, in_features, packed, scale, bias=None):
         super().__init__()
         self.in_features = in_features
         self.register_buffer("packed", packed)  # uint8 (out, ceil(in / 4))
         self.register_buffer("scale", scale)  # float32 (1, 1) or (out, 1)
-        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+        self.register_buffer("bias", bias)  # (out,) or None
 
     def forward(self, x):  # (..., in) -> (..., out)
         y = ternary_matmul(x, self.packed, self.scale)
         return y if self.bias is None else y + self.bias
 
+    def extra_repr(self):
+        return f"in_features={self.in_features}, out_features={len(self.packed)}, bias={self.bias is not None}"
+
+
+class HalfHead(nn.Module):
+    """The output head of a loaded model: reads the float16 embedding it is tied to and computes in float32."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = weight  # float16 (V, C)
+
+    def forward(self, x):  # (..., C) -> (..., V) float32
+        rows = x.reshape(-1, x.shape[-1]).float()
+        if len(rows) == 1:  # as in ternary_matmul
+            y = (rows * self.weight).sum(1)[None]
+        else:
+            y = torch.cat([rows @ block.float().t() for block in self.weight.split(4096)], dim=1)
+        return y.view(*x.shape[:-1], len(self.weight))
+
 
 def pack_model(model):
-    """Replaces every 2-bit QuantLinear by a PackedLinear, in place; 4-bit ones stay. Returns the same model.
-    ValueError: there is none."""
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear) and m.bits == 2}
+    """Replaces every 2-bit QuantLinear by a PackedLinear, in place; 4-bit ones stay. Returns the same model, in eval
+    mode. ValueError: there is none."""
+    layers = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, QuantLinear) and m.bits == 2]
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no 2-bit QuantLinear layer to pack")
-    for name, layer in layers.items():
+        raise ValueError(f"{type(model).__name__} has no 2-bit QuantLinear to pack: quantize_model(model, bits=2) first")
+    for name, layer in layers:
         codes, scale = ternarize(layer.weight, layer.granularity)
-        model.set_submodule(name, PackedLinear(layer.in_features, pack_ternary(codes), scale, layer.bias))
+        bias = None if layer.bias is None else layer.bias.detach()
+        model.set_submodule(name, PackedLinear(layer.in_features, pack_ternary(codes), scale, bias))
     return model.eval()
+
+
+def _own_tensors(model):
+    """Name to tensor of all that a state dict holds, tied ones once."""
+    kept = model.state_dict().keys()
+    return {name: t for name, t in (*model.named_parameters(), *model.named_buffers()) if name in kept}
+
+
+def save_model(path, model):
+    """Writes a packed model: packed weights, float32 scales, biases and norms, float16 embeddings and output head, the
+    config of a GPT, and a checksum over it all. Atomic. ValueError: nothing in the model is packed."""
+    layers = {name: m.in_features for name, m in model.named_modules() if isinstance(m, PackedLinear)}
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no packed layer to save: pack_model(model) first")
+    half = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    half |= {id(getattr(head, "weight", None)) for head in _output_heads(model)}
+    tensors = {n: (t.half() if id(t) in half else t).detach().cpu() for n, t in _own_tensors(model).items()}
+    config = asdict(model.config) if isinstance(model, GPT) else None
+    write_file(path, {"format": PACKED_FORMAT, "config": config, "layers": layers, "tensors": tensors})
+
+
+def load_model(path, into=None):
+    """Reads what save_model wrote; the model is in eval mode and has nothing to train.
+
+    into: the module to fill in place, full-precision or quantized, needed for models other than our GPT. Our GPT keeps
+    its embedding in float16; other models get it in the dtype they have.
+    CheckpointError: truncated, altered, foreign, or of a model with other layers.
+    """
+    content = read_file(path)
+    if not isinstance(content, dict) or content.get("format") != PACKED_FORMAT:
+        raise CheckpointError(f"{path} is not a packed model")
+    layers, tensors = content["layers"], content["tensors"]
+    if into is None and content["config"] is None:
+        raise CheckpointError(f"{path} is not of this file's GPT: load_model needs `into`, a model of its kind")
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**content["config"])) if into is None else into
+    there, here = {name: tuple(tensor.shape) for name, tensor in tensors.items()}, {}
+    modules = dict(model.named_modules())
+    for name, tensor in _own_tensors(model).items():  # here: what a packed model of this kind would hold
+        layer, _, part = name.rpartition(".")
+        if layer in layers and part == "weight":
+            out_features, in_features = tensor.shape[::-1] if _is_conv1d(modules[layer]) else tensor.shape
+            here[f"{layer}.packed"] = (out_features, math.ceil(in_features / 4))
+            here[f"{layer}.scale"] = there.get(f"{layer}.scale")  # depends on the granularity
+        else:
+            here[name] = tuple(tensor.shape)
+    for name in sorted(here.keys() | there.keys()):
+        if here.get(name) != there.get(name):
+            raise CheckpointError(
+                f"{path} is of another model: {name} has shape {there.get(name)} there and {here.get(name)} here"
+            )
+    for name, in_features in layers.items():
+        parts = (tensors.get(f"{name}.{part}") for part in ("packed", "scale", "bias"))
+        model.set_submodule(name, PackedLinear(in_features, *parts))
+    model.load_state_dict(tensors, strict=False, assign=into is None)  # not strict: tied tensors are there once
+    if into is None:
+        model.lm_head = HalfHead(model.wte.weight)
+    return model.requires_grad_(False).eval()
+
+
+PACKED_FORMAT = "tsld packed 1"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -273,17 +389,9 @@ class Trace(NamedTuple):
     attention_scores: list  # n_layer of (B, H, T, T): q·k/√d, before mask and softmax
 
 
-class Cache(NamedTuple):
-    """The keys and values of the positions seen so far, so that generating a token computes only that token."""
-
-    keys: list  # n_layer of (B, H, S, C / H), S = room for positions
-    values: list  # likewise
-    positions: torch.Tensor  # (T,) where the tokens of this call stand, 0..S-1
-
-
 class Attention(nn.Module):
-    """Causal multi-head self-attention: position n sees positions up to n. The early tokens' quantization errors reach
-    every later token through it (slide "Approach: Logit KD for Cumulative Quantization Error")."""
+    """Causal multi-head self-attention: position n sees positions up to n, so the quantization errors of early tokens
+    reach every later one (slide "Approach: Logit KD for Cumulative Quantization Error")."""
 
     def __init__(self, config):
         super().__init__()
@@ -291,29 +399,29 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, cache=None, layer=None, scores=None):
-        """x: (B, T, C) -> (B, T, C). `scores`, a list, gets the (B, H, T, T) attention scores appended."""
+    def forward(self, x, positions, cache=None, scores=None):
+        """x: (B, T, C) -> (B, T, C); positions: (T,).
+        cache: keys and values so far, each (B, H, S, C / H) with S ≥ T, which x's are written into at `positions`.
+        scores: a list that gets the (B, H, T, T) attention scores appended."""
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, C/H)
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, C / H)
         dropout = self.dropout if self.training else 0.0
         if scores is not None:
-            score = q @ k.transpose(-2, -1) / math.sqrt(k.shape[-1])  # (B, H, T, T)
-            scores.append(score)
-            future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
-            probability = F.dropout(score.masked_fill(future, -math.inf).softmax(-1), dropout)
-            y = probability @ v
+            scores.append(q @ k.transpose(-2, -1) / math.sqrt(k.shape[-1]))  # (B, H, T, T)
+            future = positions > positions[:, None]  # (T, T)
+            p = scores[-1].masked_fill(future, -math.inf).softmax(-1)
+            y = F.dropout(p, dropout) @ v
         elif cache is not None:
-            keys = cache.keys[layer].index_copy_(2, cache.positions, k)
-            values = cache.values[layer].index_copy_(2, cache.positions, v)
-            past = torch.arange(keys.shape[2], device=x.device) <= cache.positions[:, None]  # (T, S)
-            y = F.scaled_dot_product_attention(q, keys, values, attn_mask=past)
+            keys, values = cache
+            k, v = keys.index_copy_(2, positions, k), values.index_copy_(2, positions, v)
+            seen = torch.arange(k.shape[2], device=x.device) <= positions[:, None]  # (T, S)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
         elif x.device.type == "cpu":  # where the fused kernel's bfloat16 backward is slower than its float32 one
             with torch.autocast("cpu", enabled=False):
-                q, k, v = q.float(), k.float(), v.float()
-                y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+                y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True, dropout_p=dropout)
         else:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
-        y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        y = self.c_proj(y.to(x.dtype).transpose(1, 2).reshape(B, T, C))
         return F.dropout(y, dropout)
 
 
@@ -339,8 +447,8 @@ class Block(nn.Module):
         self.ln_1, self.attn = nn.LayerNorm(config.n_embd), Attention(config)
         self.ln_2, self.mlp = nn.LayerNorm(config.n_embd), MLP(config)
 
-    def forward(self, x, cache=None, layer=None, scores=None):
-        x = x + self.attn(self.ln_1(x), cache, layer, scores)
+    def forward(self, x, positions, cache=None, scores=None):
+        x = x + self.attn(self.ln_1(x), positions, cache, scores)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -361,6 +469,7 @@ class GPT(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.wte.weight
+        self.compiled_next_logits = None  # see compile_generation
         for name, parameter in self.named_parameters():  # GPT-2's initialization
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
@@ -368,36 +477,47 @@ class GPT(nn.Module):
                 residual = name.endswith("c_proj.weight")  # 2 per block add up on the residual path
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
 
-    def hidden(self, ids, cache=None, hidden_states=None, scores=None):
+    def hidden(self, ids, positions=None, cache=None, hidden_states=None, scores=None):
         """ids (B, T) -> (B, T, C) after the final norm; logits are hidden @ head.T.
+        positions: (T,), where the tokens stand; 0..T-1 if not given. cache: n_layer pairs, see Attention.
         `hidden_states` and `scores`, lists, get what a Trace holds appended."""
         if ids.shape[1] > self.config.block_size:
             raise ValueError(f"{ids.shape[1]} tokens do not fit block_size {self.config.block_size}")
-        positions = torch.arange(ids.shape[1], device=ids.device) if cache is None else cache.positions
+        if positions is None:
+            positions = torch.arange(ids.shape[1], device=ids.device)
         x = self.wte(ids) + self.wpe(positions)  # (B, T, C)
-        x = F.dropout(x, self.config.dropout, self.training)
-        if hidden_states is not None:
-            hidden_states.append(x)
+        x = F.dropout(x.to(self.ln_f.weight.dtype), self.config.dropout, self.training)
         for layer, block in enumerate(self.h):
-            x = block(x, cache, layer, scores)
             if hidden_states is not None:
                 hidden_states.append(x)
+            x = block(x, positions, None if cache is None else cache[layer], scores)
+        if hidden_states is not None:
+            hidden_states.append(x)
         return self.ln_f(x)
 
     def forward(self, ids, trace=False):
-        hidden_states, scores = ([], []) if trace else (None, None)
+        if not trace:
+            return self.lm_head(self.hidden(ids))
+        hidden_states, scores = [], []
         logits = self.lm_head(self.hidden(ids, hidden_states=hidden_states, scores=scores))
-        return Trace(logits, hidden_states, scores) if trace else logits
+        return Trace(logits, hidden_states, scores)
+
+    def next_logits(self, ids, positions, cache):
+        """ids (B, T) at `positions` (T,) -> (B, V), the logits of the token after the last of them."""
+        return self.lm_head(self.hidden(ids, positions, cache)[:, -1:])[:, 0].float()
+
+    def compile_generation(self):
+        """Compiles the step that adds one token: takes a minute, once, and makes generation several times faster."""
+        self.compiled_next_logits = torch.compile(self.next_logits)
+        return self
 
     @torch.no_grad()
-    def generate(self, ids, max_new_tokens, temperature=1.0, top_k=None):
-        """Continues each row of ids (B, T) by sampling from softmax(logits / temperature), among the `top_k` likeliest
-        tokens where given; temperature 0 takes the likeliest. Returns (B, T + max_new_tokens), the prompt in front.
-        ValueError: an empty prompt, or T + max_new_tokens > block_size."""
+    def stream(self, ids, max_new_tokens, temperature=1.0, top_k=None):
+        """Like generate, but yields the new tokens as they come, each (B, 1)."""
         B, T = ids.shape
         room = T + max_new_tokens
         if T == 0:
-            raise ValueError("the prompt is empty: generation needs at least one token to start from")
+            raise ValueError("the prompt is empty: generation starts from one token or more")
         if room > self.config.block_size:
             raise ValueError(
                 f"a prompt of {T} tokens and {max_new_tokens} new ones do not fit block_size {self.config.block_size}"
@@ -405,23 +525,30 @@ class GPT(nn.Module):
         was_training = self.training
         self.eval()
         shape = (B, self.config.n_head, room, self.config.n_embd // self.config.n_head)
-        keys, values = ([self.wpe.weight.new_zeros(shape) for _ in self.h] for _ in range(2))
-        seen, new = 0, ids
-        for _ in range(max_new_tokens):
-            positions = torch.arange(seen, seen + new.shape[1], device=ids.device)
-            logits = self.lm_head(self.hidden(new, Cache(keys, values, positions))[:, -1]).float()  # (B, V)
-            seen += new.shape[1]
-            if temperature == 0:
-                new = logits.argmax(-1, keepdim=True)  # (B, 1)
-            else:
-                logits = logits / temperature
-                if top_k is not None:
-                    least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
-                    logits = logits.masked_fill(logits < least, -math.inf)
-                new = torch.multinomial(logits.softmax(-1), 1)
-            ids = torch.cat((ids, new), 1)
-        self.train(was_training)
-        return ids
+        cache = [tuple(self.ln_f.weight.new_zeros(shape) for _ in range(2)) for _ in self.h]
+        positions = torch.arange(T, device=ids.device)
+        try:
+            for _ in range(max_new_tokens):
+                one = ids.shape[1] == 1 and self.compiled_next_logits is not None
+                logits = (self.compiled_next_logits if one else self.next_logits)(ids, positions, cache)  # (B, V)
+                if temperature == 0:
+                    ids = logits.argmax(-1, keepdim=True)  # (B, 1)
+                else:
+                    if top_k is not None:
+                        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
+                        logits = logits.masked_fill(logits < least, -math.inf)
+                    ids = torch.multinomial((logits / temperature).softmax(-1), 1)
+                positions = positions[-1:] + 1
+                yield ids
+        finally:
+            self.train(was_training)
+
+    def generate(self, ids, max_new_tokens, temperature=1.0, top_k=None):
+        """Continues each row of ids, int64 (B, T), by sampling from softmax(logits / temperature), among the `top_k`
+        likeliest tokens where given; temperature 0 takes the likeliest. Keys and values of past tokens are cached.
+        Returns (B, T + max_new_tokens), the prompt in front; leaves the model in the mode it found.
+        ValueError: an empty prompt, or T + max_new_tokens > block_size."""
+        return torch.cat([ids, *self.stream(ids, max_new_tokens, temperature, top_k)], dim=1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
