@@ -561,6 +561,18 @@ def test_sampling_follows_softmax_of_logits_over_temperature_among_the_top_k(tem
     assert np.all(frequency[np.isinf(logits)] == 0)
 
 
+def test_compiled_generation_gives_the_same_tokens(tmp_path):
+    tsld.save_model(tmp_path / "model.packed", tsld.pack_model(quantized_gpt()))
+    model, ids = tsld.load_model(tmp_path / "model.packed"), micro_ids(B=1, T=2)
+    expected = model.generate(ids, 6, temperature=0)
+    model.compile_generation()
+    try:
+        got = model.generate(ids, 6, temperature=0)
+    except torch._dynamo.exc.BackendCompilerFailed:
+        pytest.skip("torch.compile finds no compiler here")
+    assert torch.equal(got, expected)
+
+
 def test_generate_restores_the_mode_and_refuses_what_does_not_fit():
     model = micro_gpt(dropout=0.9).train()
     first = model.generate(micro_ids(T=2), 5, temperature=0)
@@ -1157,6 +1169,46 @@ def test_four_bits_are_trained_too_and_nothing_is_packed(tiny, capsys, tmp_path)
     run(["--bits", "4", *tiny], capsys)
     row = json.loads((tmp_path / "out" / "results.json").read_text())[0]
     assert row["bits"] == 4 and row["bytes_packed"] is row["linear_bytes_packed"] is None
+
+
+def test_every_ternary_student_is_saved_packed_and_generates_text(tiny, capsys, tmp_path):
+    assert "--generate" in run(["--loss", "all", *tiny], capsys)
+    tokenizer = train_small.load_tokenizer("bpe2048")
+    valid = torch.tensor(tokenizer.encode_ordinary(train_small.split_text((WORDS * 40).encode())["valid"]))
+    for row in json.loads((tmp_path / "out" / "results.json").read_text()):
+        path = tmp_path / "out" / f"student-{row['loss']}.packed"
+        assert row["bytes_packed"] == path.stat().st_size
+        assert row["linear_bytes_fp32"] == 16 * row["linear_bytes_packed"]
+        packed = tsld.load_model(path)
+        assert math.exp(tsld.evaluate(packed, valid, 16)) == pytest.approx(row["student_ppl"], rel=5e-4)
+        printed = run(["--generate", str(path), "--prompt", "the quick", "--seed", "7", "--device", "cpu"], capsys)
+        prompt = tokenizer.encode_ordinary("the quick")
+        torch.manual_seed(7)
+        expected = packed.generate(torch.tensor([prompt]), 16 - len(prompt), temperature=0.8, top_k=200)[0].tolist()
+        assert printed == tokenizer.decode(expected) + "\n"
+
+
+def test_a_prompt_too_long_or_a_file_that_is_no_packed_model_is_refused(tiny, capsys, tmp_path):
+    run(tiny, capsys)
+    packed = str(tmp_path / "out" / "student-tsld.packed")
+    refused(["--generate", packed, "--prompt", "word " * 16], capsys, "tokens long, and the model's block is 16")
+    refused(["--generate", packed, "--prompt", ""], capsys, "--prompt is empty")
+    refused(["--generate", str(tmp_path / "nowhere")], capsys, "nowhere: No such file")
+    refused(["--generate", packed.replace(".packed", ".pt")], capsys, "not a packed model")
+    content = bytearray(Path(packed).read_bytes())
+    content[len(content) // 2] ^= 1
+    Path(packed).write_bytes(content)
+    assert refused(["--generate", packed], capsys, "altered") == ""
+    tsld.save_model(packed, tsld.pack_model(quantized_gpt()))
+    refused(["--generate", packed], capsys, "no tokenizer here has its 17 tokens")
+
+
+def test_ratios_are_against_the_row_named_first(capsys):
+    train_small.print_ratios("speed", "µs", {"base": 300.0, "fast": 100.0})
+    train_small.print_ratios("rate", "tokens/s", {"base": 20.0, "fast": 50.0}, larger_is_better=True)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert lines[1:3] == [["base", "300.0", "1.00"], ["fast", "100.0", "3.00"]]
+    assert lines[4:] == [["base", "20.0", "1.00"], ["fast", "50.0", "2.50"]]
 
 
 def student_weights(folder):

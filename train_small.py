@@ -7,15 +7,20 @@ Data, vocabulary, presets, command line and results; the method itself is all in
 
 import argparse
 import base64
+import codecs
 import collections
 import copy
 import hashlib
+import importlib.util
 import json
 import math
 import os
 import re
 import signal
+import statistics
+import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from contextlib import contextmanager
@@ -24,6 +29,7 @@ from pathlib import Path
 
 import tiktoken
 import torch
+from torch.nn import functional as F
 
 import tsld
 from tsld import GPT, LOSSES, GPTConfig, TrainConfig
@@ -403,32 +409,45 @@ def train_student(setup, loss, teacher):
 
 def run(args):
     """Teacher, teacher ternarized without training, students; table, sample and results.json."""
-    setup = set_up(args)
+    setup, out = set_up(args), Path(args.out)
     teacher = train_teacher(setup)
     ptq = quantized_copy(teacher, args)
     scores = {"teacher": setup.score(teacher), "ptq": setup.score(ptq)}
-    size = sum(4 * p.numel() for p in teacher.parameters())
-    linear_size = sum(4 * m.weight.numel() for m in ptq.modules() if isinstance(m, tsld.QuantLinear))
-    rounded = f"teacher rounded to {args.bits} bits"
-    table = [("teacher", scores["teacher"], size), (rounded, scores["ptq"], size)]
+    fp32 = sum(4 * p.numel() for p in teacher.parameters())
+    linear_fp32 = sum(4 * m.weight.numel() for m in ptq.modules() if isinstance(m, tsld.QuantLinear))
+    packed, linear_packed = pack(ptq, out / "rounded.packed")
+    table = [("teacher", scores["teacher"], fp32), (f"teacher, {args.bits} bit", scores["ptq"], packed or fp32)]
     results = []
     for loss in LOSSES if args.loss == "all" else (args.loss,):
         student, seconds = train_student(setup, loss, teacher)
         scores["student"] = setup.score(student)
-        table.append((f"student, {loss}", scores["student"], size))
+        packed, linear_packed = pack(student, out / f"student-{loss}.packed")
+        table.append((f"student, {loss}", scores["student"], packed or fp32))
         row = {"loss": loss, "bits": args.bits, "granularity": args.granularity, "seed": args.seed}
         row |= {"model": setup.model, "data": setup.corpus, "tokenizer": setup.tokenizer.name}
         for part, prefix in (("valid", ""), ("test", "test_")):
             for unit in ("ppl", "bpb"):
                 row |= {f"{prefix}{who}_{unit}": scores[who][part][unit] for who in ("teacher", "ptq", "student")}
-        row |= {"bytes_fp32": size, "bytes_packed": None}
-        row |= {"linear_bytes_fp32": linear_size, "linear_bytes_packed": None}
+        row |= {"bytes_fp32": fp32, "bytes_packed": packed}
+        row |= {"linear_bytes_fp32": linear_fp32, "linear_bytes_packed": linear_packed}
         trained = setup.student.steps * setup.student.batch_size * setup.gpt.block_size
         row |= {"train_seconds": seconds, "tokens_per_second": trained / seconds}
         results.append(row)
-        write_text(Path(args.out) / "results.json", json.dumps(results, indent=2) + "\n")
+        write_text(out / "results.json", json.dumps(results, indent=2) + "\n")
     print_table(table)
-    print_sample(setup, student, f"the {results[-1]['loss']} student")
+    print_sample(setup, student, loss)
+    print(f"\nresults: {out / 'results.json'}")
+    if packed:
+        print(f"more text: python train_small.py --generate {out / f'student-{loss}.packed'} --prompt 'the company said'")
+
+
+def pack(model, path):
+    """Packs a 2-bit model in place and saves it. Returns the file's size and that of the ternary weights in it, in
+    bytes; None and None for a 4-bit model, which has no packed form here."""
+    if any(isinstance(m, tsld.QuantLinear) and m.bits != 2 for m in model.modules()):
+        return None, None
+    tsld.save_model(path, tsld.pack_model(model))
+    return path.stat().st_size, sum(m.packed.numel() for m in model.modules() if isinstance(m, tsld.PackedLinear))
 
 
 def print_table(rows):
@@ -440,20 +459,191 @@ def print_table(rows):
         print(f"{name:24}{values}{size:14,}")
 
 
-def print_sample(setup, model, name, prompt_length=16, length=64):
-    """The model's own continuation of the first words of the validation text."""
+def print_sample(setup, student, loss, prompt_length=16, length=64):
+    """The student's continuation of the first words of the validation text."""
     prompt = setup.tokens["valid"][:prompt_length]
     length = min(length, setup.gpt.block_size - len(prompt))
     torch.manual_seed(setup.args.seed)
-    ids = model.generate(prompt[None].to(setup.device), length, temperature=0.8)[0].tolist()
+    ids = student.generate(prompt[None].to(setup.device), length, **SAMPLING)[0].tolist()
     text = [setup.tokenizer.decode(part).strip() for part in (ids[: len(prompt)], ids[len(prompt) :])]
-    print(f"\n{name} continues “{text[0]}”:\n{text[1]}")
+    print(f"\nthe {loss} student continues “{text[0]}”:\n{text[1]}")
+
+
+SAMPLING = {"temperature": 0.8, "top_k": 200}
+
+
+def generate(args):
+    """Writes the packed model's continuation of the prompt, as it comes, until its block is full."""
+    try:
+        model = tsld.load_model(args.generate)
+    except OSError as error:
+        raise UserError(f"--generate {args.generate}: {error.strerror}")
+    names = {preset.gpt.vocab_size: preset.tokenizer for preset in PRESETS.values()}
+    if model.config.vocab_size not in names:
+        raise UserError(f"--generate {args.generate}: no tokenizer here has its {model.config.vocab_size} tokens")
+    tokenizer = load_tokenizer(names[model.config.vocab_size])
+    device = choose_device(args.device)
+    prompt = tokenizer.encode_ordinary(args.prompt)
+    block = model.config.block_size
+    if not 0 < len(prompt) < block:
+        length = f"is {len(prompt)} tokens long, and the model's block is {block}" if prompt else "is empty"
+        raise UserError(f"--prompt {length}: it takes 1 to {block - 1} tokens")
+    if args.compile:
+        model.compile_generation()
+    torch.manual_seed(args.seed)
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may span tokens
+    print(args.prompt, end="", flush=True)
+    ids = torch.tensor([prompt], device=device)
+    for new in model.to(device).stream(ids, block - len(prompt), **SAMPLING):
+        print(decoder.decode(tokenizer.decode_single_token_bytes(new.item())), end="", flush=True)
+    print()
 
 
 def write_text(path, text):
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
     os.replace(temporary, path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Benchmark: each table is one run, its rows measured in turns, its ratios against the row named first
+
+
+def seconds_per_call(functions, device, rounds=7, least=0.05):
+    """Median seconds of each of the functions, in turns, so that all of them meet the same noise."""
+    calls, seconds = {}, {name: [] for name in functions}
+    for turn in range(-1, rounds):  # turn -1 warms up and finds out how many calls take `least` seconds
+        for name, function in functions.items():
+            begin, n = time.perf_counter(), 0
+            while n < calls.get(name, 3) or turn < 0 and time.perf_counter() - begin < least:
+                function()
+                n += 1
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if turn < 0:
+                calls[name] = n
+            else:
+                seconds[name].append((time.perf_counter() - begin) / n)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def print_ratios(title, unit, values, larger_is_better=False):
+    """values: name to number; the first one is the baseline."""
+    print(f"\n{title:52}{unit:>14}{'ratio':>8}")
+    baseline = next(iter(values.values()))
+    for name, value in values.items():
+        ratio = value / baseline if larger_is_better else baseline / value
+        print(f"  {name:50}{value:14,.1f}{ratio:8.2f}")
+
+
+def bench_bandwidth(device):
+    """Bytes per second that this machine reads from memory."""
+    block = torch.zeros(2**26, device=device)  # 268 MB, beyond any cache
+    return 4 * block.numel() / seconds_per_call({"sum": block.sum}, device)["sum"]
+
+
+def bench_matvec(device, bandwidth):
+    """One row of activations times a weight matrix: what generating a token consists of."""
+    product = torch.compile(tsld.ternary_matmul, dynamic=False, options=tsld.COMPILE_OPTIONS)
+    for shape in ((2304, 768), (3072, 768), (768, 3072), (4096, 4096)):
+        codes, scale = torch.randint(-1, 2, shape, dtype=torch.int8, device=device), torch.ones(1, 1, device=device)
+        packed, weight, x = tsld.pack_ternary(codes), codes.float(), torch.randn(1, shape[1], device=device)
+        half, half_x = weight.bfloat16(), x.bfloat16()
+        functions = {
+            "torch FP32 linear": lambda: F.linear(x, weight),
+            "torch bf16 linear": lambda: F.linear(half_x, half),
+            "packed, compiled": lambda: product(x, packed, scale),
+        }
+        values = {name: 1e6 * seconds for name, seconds in seconds_per_call(functions, device).items()}
+        values["bandwidth alone, packed"] = 1e6 * packed.numel() / bandwidth
+        print_ratios(f"matrix-vector product, {shape[0]} x {shape[1]}", "µs", values)
+
+
+def bench_generation(device, bandwidth, model, packed):
+    """Tokens per second after the first one, batch 1, greedy."""
+    prompt, length = torch.randint(model.config.vocab_size, (1, 8), device=device), 120
+
+    def ours(model):
+        stream = model.stream(prompt, length, temperature=0)
+        next(stream)
+        begin = time.perf_counter()
+        tokens = [token.item() for token in stream]
+        return len(tokens) / (time.perf_counter() - begin)
+
+    contestants = {"FP32, eager": lambda: ours(model)}
+    if importlib.util.find_spec("transformers"):
+        import transformers
+
+        transformers.logging.set_verbosity_error()
+        theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config()).eval().to(device)
+
+        def seconds(n):
+            begin = time.perf_counter()
+            theirs.generate(prompt, min_new_tokens=n, max_new_tokens=n, do_sample=False, pad_token_id=0)
+            return time.perf_counter() - begin
+
+        contestants["transformers generate, FP32"] = lambda: (length - 1) / (seconds(length) - seconds(1))
+    packed.compile_generation()
+    contestants["packed, compiled"] = lambda: ours(packed)
+    rates = {name: [] for name in contestants}
+    for turn in range(6):
+        for name, contestant in contestants.items():
+            rates[name].append(contestant())
+    values = {name: statistics.median(rate[1:]) for name, rate in rates.items()}  # the first one compiles
+    read = sum(t.numel() * t.element_size() for t in (*packed.parameters(), *packed.buffers()))
+    values["bandwidth alone, packed"] = bandwidth / (read - packed.wpe.weight.numel() * 2)
+    print_ratios("generation, GPT-2 small's shape", "tokens/s", values, larger_is_better=True)
+
+
+MEMORY = """
+import resource, sys, torch, tsld
+start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+if sys.argv[1].endswith(".packed"):
+    model = tsld.load_model(sys.argv[1])
+else:
+    with torch.device("meta"):
+        model = tsld.GPT(tsld.GPTConfig())
+    model.load_state_dict(tsld.read_file(sys.argv[1]), assign=True)
+    model.lm_head.weight = model.wte.weight
+model.generate(torch.zeros(1, 8, dtype=torch.long), 8)
+print(start * 1024, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+def bench_memory(folder):
+    """Bytes on disk, and bytes resident at most in a process that loads the file and generates."""
+    files = {"FP32": folder / "model.pt", "packed": folder / "model.packed"}
+    print_ratios("file", "MB", {name: path.stat().st_size / 1e6 for name, path in files.items()})
+    sizes = collections.Counter()
+    for name, tensor in tsld.read_file(files["packed"])["tensors"].items():
+        part = {"wte.weight": "embedding, float16", "wpe.weight": "positions, float16"}.get(name)
+        part = part or ("ternary weights" if name.endswith(".packed") else "scales, biases, norms, float32")
+        sizes[part] += tensor.numel() * tensor.element_size()
+    for part, size in sizes.most_common():
+        print(f"    of it {part:44}{size / 1e6:14,.1f}")
+    peaks = {}
+    for name, path in files.items():
+        output = subprocess.run([sys.executable, "-c", MEMORY, path], cwd=DATA.parent, capture_output=True, check=True)
+        start, peak = map(int, output.stdout.split())
+        peaks[f"{name}, above {start / 1e6:,.0f} MB after importing torch"] = (peak - start) / 1e6
+    print_ratios("memory to load and generate, peak", "MB", peaks)
+
+
+def bench(args):
+    device = choose_device(args.device)
+    torch.manual_seed(args.seed)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    bandwidth = bench_bandwidth(device)
+    print(f"{name}, torch {torch.__version__}; memory is read at {bandwidth / 1e9:.1f} GB/s. Any other load spoils this.")
+    with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
+        bench_matvec(device, bandwidth)
+        model = GPT(GPTConfig()).eval()
+        packed = tsld.pack_model(tsld.quantize_model(copy.deepcopy(model)))
+        tsld.write_file(Path(folder) / "model.pt", model.state_dict())
+        tsld.save_model(Path(folder) / "model.packed", packed)
+        packed = tsld.load_model(Path(folder) / "model.packed")
+        bench_generation(device, bandwidth, model.to(device), packed.to(device))
+        bench_memory(Path(folder))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -544,12 +734,21 @@ def parse(argv):
     add("--compile", action="store_true", help="torch.compile the models")
     add("--out", default="out", help="folder for checkpoints and results (default out)")
     add("--resume", action="store_true", help="go on with a student's training that was interrupted")
+    add("--generate", metavar="FILE", help="instead of training: write text with a packed model")
+    add("--prompt", default="the", help="what the text begins with")
+    add("--bench", action="store_true", help="instead of training: speed and memory of the packed model")
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     try:
-        run(parse(argv))
+        args = parse(argv)
+        if args.bench:
+            bench(args)
+        elif args.generate:
+            generate(args)
+        else:
+            run(args)
         return 0
     except (UserError, tsld.CheckpointError) as error:
         message, code = error, 2

@@ -243,14 +243,21 @@ def ternary_matmul(x, packed, scale):
     rows = x.reshape(-1, x.shape[-1]).float()  # (M, in)
     if len(rows) == 1:
         K = packed.shape[1]
-        x0, x1, x2, x3 = F.pad(rows[0], (0, 4 * K - rows.shape[1])).view(4, K)  # the x that meet each quarter
+        quarters = F.pad(rows[0], (0, 4 * K - rows.shape[1])).view(4, K)  # of x, as the bytes hold them of the weight
         p = packed.int()  # (out, K)
-        y = (p & 3) * x0 + ((p >> 2) & 3) * x1 + ((p >> 4) & 3) * x2 + ((p >> 6) & 3) * x3
-        y = y.sum(1)[None] - rows.sum()  # Σ (code + 1) · x - Σ x
+        # p & (3 << 2j) is (code + 1) · 4^j: masked, not shifted, because the factor costs nothing after the sum over K.
+        y = sum(((p & 3 << 2 * j) * quarters[j]).sum(1) / 4**j for j in range(4))
+        y = (y - rows.sum())[None]  # Σ (code + 1) · x - Σ x
     else:
         blocks = packed.split(1024)
         y = torch.cat([rows @ unpack_ternary(block, rows.shape[1]).float().t() for block in blocks], dim=1)
     return (y * scale.flatten()).to(x.dtype).view(*x.shape[:-1], len(packed))
+
+
+COMPILE_OPTIONS = {
+    "cpp.enable_floating_point_contract_flag": "fast",  # in CPU kernels: multiply and add are one instruction
+    "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe,  # no look at every layer before every call
+}
 
 
 class PackedLinear(nn.Module):
@@ -280,7 +287,7 @@ class HalfHead(nn.Module):
 
     def forward(self, x):  # (..., C) -> (..., V) float32
         rows = x.reshape(-1, x.shape[-1]).float()
-        if len(rows) == 1:  # as in ternary_matmul
+        if len(rows) == 1 and torch.compiler.is_compiling():  # one loop over the bytes, as in ternary_matmul
             y = (rows * self.weight).sum(1)[None]
         else:
             y = torch.cat([rows @ block.float().t() for block in self.weight.split(4096)], dim=1)
@@ -406,16 +413,15 @@ class Attention(nn.Module):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, C / H)
         dropout = self.dropout if self.training else 0.0
-        if scores is not None:
-            scores.append(q @ k.transpose(-2, -1) / math.sqrt(k.shape[-1]))  # (B, H, T, T)
-            future = positions > positions[:, None]  # (T, T)
-            p = scores[-1].masked_fill(future, -math.inf).softmax(-1)
+        if cache is not None:
+            k, v = (old.index_copy_(2, positions, new) for old, new in zip(cache, (k, v)))  # (B, H, S, C / H)
+        if cache is not None or scores is not None:
+            score = q @ k.transpose(-2, -1) / math.sqrt(k.shape[-1])  # (B, H, T, T or S)
+            if scores is not None:
+                scores.append(score)
+            future = torch.arange(k.shape[2], device=x.device) > positions[:, None]  # (T, T or S)
+            p = score.masked_fill(future, -math.inf).softmax(-1)
             y = F.dropout(p, dropout) @ v
-        elif cache is not None:
-            keys, values = cache
-            k, v = keys.index_copy_(2, positions, k), values.index_copy_(2, positions, v)
-            seen = torch.arange(k.shape[2], device=x.device) <= positions[:, None]  # (T, S)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
         elif x.device.type == "cpu":  # where the fused kernel's bfloat16 backward is slower than its float32 one
             with torch.autocast("cpu", enabled=False):
                 y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True, dropout_p=dropout)
@@ -485,8 +491,9 @@ class GPT(nn.Module):
             raise ValueError(f"{ids.shape[1]} tokens do not fit block_size {self.config.block_size}")
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)
-        x = self.wte(ids) + self.wpe(positions)  # (B, T, C)
-        x = F.dropout(x.to(self.ln_f.weight.dtype), self.config.dropout, self.training)
+        dtype = self.ln_f.weight.dtype  # a packed model's embeddings are float16, and only they
+        x = self.wte(ids).to(dtype) + self.wpe(positions).to(dtype)  # (B, T, C)
+        x = F.dropout(x, self.config.dropout, self.training)
         for layer, block in enumerate(self.h):
             if hidden_states is not None:
                 hidden_states.append(x)
@@ -507,9 +514,9 @@ class GPT(nn.Module):
         return self.lm_head(self.hidden(ids, positions, cache)[:, -1:])[:, 0].float()
 
     def compile_generation(self):
-        """Compiles the step that adds one token: takes a minute, once, and makes generation several times faster."""
-        self.compiled_next_logits = torch.compile(self.next_logits)
-        return self
+        """Compiles the step that adds one token: takes a minute, once, and makes generation several times faster. To be
+        called again after a change to the model's layers."""
+        self.compiled_next_logits = torch.compile(self.next_logits, options=COMPILE_OPTIONS)
 
     @torch.no_grad()
     def stream(self, ids, max_new_tokens, temperature=1.0, top_k=None):
