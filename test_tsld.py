@@ -1,5 +1,6 @@
-"""The specification of tsld.py and train_small.py. Each test states one fact and checks it against an oracle that a
-reader can trust without them: float64 NumPy by hand, a closed form, brute force, or another library."""
+"""The specification of tsld.py and train_small.py. Each test states one fact and checks it against an oracle
+that a reader can trust without them: float64 NumPy by hand, a closed form, brute force, or another
+library."""
 
 import collections
 import copy
@@ -53,7 +54,7 @@ def softmax64(logits):
     return z / z.sum(-1, keepdims=True)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Quantizers
 
 
@@ -85,7 +86,9 @@ def test_ternarize_is_the_twn_formula(kind, granularity):
     weight = WEIGHTS[kind]
     codes, scale = tsld.ternarize(weight, granularity)
     assert codes.dtype == torch.int8 and codes.shape == weight.shape
-    assert scale.dtype == torch.float32 and scale.shape == ((1, 1) if granularity == "tensor" else (len(weight), 1))
+    assert scale.dtype == torch.float32 and scale.shape == (
+        (1, 1) if granularity == "tensor" else (len(weight), 1)
+    )
     got = (scale * codes).reshape(len(scale), -1).double().numpy()
     for group, values, alpha in zip(groups64(weight, granularity), got, scale):
         threshold = 0.7 * np.abs(group).mean()
@@ -115,7 +118,9 @@ def test_quantize_int4_is_asymmetric_rounding_over_a_range_with_zero(kind, granu
         assert z[0] == np.round(-low / step)
         expected = np.clip(np.round(group / step) + z[0], 0, 15)
         np.testing.assert_array_equal(code, expected)
-        clipped = step * abs(-low / step - z[0])  # rounding the zero point shifts the range by up to half a step
+        clipped = step * abs(
+            -low / step - z[0]
+        )  # rounding the zero point shifts the range by up to half a step
         assert np.abs(step * (code - z[0]) - group).max() <= step / 2 + clipped + 1e-6 * step
 
 
@@ -129,7 +134,9 @@ def test_int4_keeps_weights_of_one_sign_unclipped():
 @pytest.mark.parametrize("bits", [2, 4])
 @pytest.mark.parametrize("granularity", ["tensor", "channel"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_fake_quantize_is_exactly_the_dequantized_value_forward_and_the_identity_backward(bits, granularity, dtype):
+def test_fake_quantize_is_exactly_the_dequantized_value_forward_and_the_identity_backward(
+    bits, granularity, dtype
+):
     weight = (randn(6, 9) * 3).to(dtype).requires_grad_()
     quantized = tsld.fake_quantize(weight, bits, granularity)
     if bits == 2:
@@ -217,7 +224,9 @@ class Declared(nn.Module):
 
 
 def test_quantize_model_spares_the_output_head_however_it_is_known():
-    tied = nn.ModuleDict({"embed": nn.Embedding(9, 3), "body": nn.Linear(3, 3), "logits": nn.Linear(3, 9, bias=False)})
+    tied = nn.ModuleDict(
+        {"embed": nn.Embedding(9, 3), "body": nn.Linear(3, 3), "logits": nn.Linear(3, 9, bias=False)}
+    )
     tied["logits"].weight = tied["embed"].weight
     named = nn.ModuleDict({"body": nn.Linear(3, 3), "head": nn.Linear(3, 9), "lm_head": nn.Linear(3, 9)})
     for model, spared in ((tied, {"logits"}), (named, {"head", "lm_head"}), (Declared(), {"out"})):
@@ -231,12 +240,14 @@ def test_quantize_model_refuses_a_model_with_nothing_to_quantize():
         tsld.quantize_model(nn.ModuleDict({"head": nn.Linear(2, 2)}))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Bit packing
 
 
 def random_codes(out_features, in_features, seed=0):
-    return torch.from_numpy(np.random.default_rng(seed).integers(-1, 2, size=(out_features, in_features), dtype=np.int8))
+    return torch.from_numpy(
+        np.random.default_rng(seed).integers(-1, 2, size=(out_features, in_features), dtype=np.int8)
+    )
 
 
 SHAPES = [(1, 1), (1, 4), (3, 2), (2, 3), (5, 5), (4, 8), (7, 30), (16, 31), (1, 33), (3000, 6)]
@@ -244,7 +255,11 @@ SHAPES = [(1, 1), (1, 4), (3, 2), (2, 3), (5, 5), (4, 8), (7, 30), (16, 31), (1,
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_packing_and_unpacking_is_lossless_at_two_bits_a_weight(shape):
-    for codes in (random_codes(*shape), random_codes(*shape[::-1]).t(), *(torch.full(shape, c).char() for c in (-1, 0, 1))):
+    for codes in (
+        random_codes(*shape),
+        random_codes(*shape[::-1]).t(),
+        *(torch.full(shape, c).char() for c in (-1, 0, 1)),
+    ):
         packed = tsld.pack_ternary(codes)
         assert packed.dtype == torch.uint8 and packed.shape == (shape[0], math.ceil(shape[1] / 4))
         assert torch.equal(tsld.unpack_ternary(packed, shape[1]), codes)
@@ -271,10 +286,14 @@ def test_the_product_by_sums_is_the_matrix_product():
     codes, x = random_codes(9, 14), randn(14)
     for scale in (torch.tensor([[0.3]]), randn(9, 1).abs()):
         expected = (scale.double() * codes.double()) @ x.double()
-        np.testing.assert_allclose(tsld.ternary_matmul_by_sums(x, codes, scale), expected, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(
+            tsld.ternary_matmul_by_sums(x, codes, scale), expected, rtol=1e-5, atol=1e-6
+        )
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)])
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)]
+)
 @pytest.mark.parametrize("leading", [(), (1,), (2,), (1, 1), (3, 5), (0,)])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_ternary_matmul_is_x_times_the_transposed_weight(shape, leading, dtype, tolerance):
@@ -340,7 +359,9 @@ def test_only_two_bit_layers_are_packed():
     model = quantized_gpt()
     model.h[1].mlp.c_fc.bits = 4
     tsld.pack_model(model)
-    assert isinstance(model.h[1].mlp.c_fc, QuantLinear) and isinstance(model.h[1].mlp.c_proj, tsld.PackedLinear)
+    assert isinstance(model.h[1].mlp.c_fc, QuantLinear) and isinstance(
+        model.h[1].mlp.c_proj, tsld.PackedLinear
+    )
     for model in (micro_gpt(), tsld.quantize_model(micro_gpt(), bits=4)):
         with pytest.raises(ValueError, match="no 2-bit QuantLinear"):
             tsld.pack_model(model)
@@ -359,7 +380,9 @@ def test_a_saved_and_loaded_model_differs_by_the_float16_of_its_embeddings_alone
     for x in (ids, ids[:1], ids[:1, :1]):
         torch.testing.assert_close(loaded(x), model(x), rtol=1e-5, atol=1e-5)
     assert loaded.wte.weight.dtype == torch.float16
-    assert torch.equal(loaded.generate(ids[:, :2], 6, temperature=0), model.generate(ids[:, :2], 6, temperature=0))
+    assert torch.equal(
+        loaded.generate(ids[:, :2], 6, temperature=0), model.generate(ids[:, :2], 6, temperature=0)
+    )
     tsld.save_model(tmp_path / "again.packed", loaded)
     torch.testing.assert_close(tsld.load_model(tmp_path / "again.packed")(ids), loaded(ids))
 
@@ -381,7 +404,11 @@ def test_a_packed_file_fills_a_model_that_is_not_our_gpt(tmp_path):
     def other(tied):
         torch.manual_seed(0)
         layers = {"embed": nn.Embedding(11, 6), "up": nn.Linear(6, 7), "norm": nn.LayerNorm(7)}
-        layers |= {"down": nn.Linear(7, 6, bias=False), "conv": Conv1D(6, 6), "lm_head": nn.Linear(6, 11, bias=False)}
+        layers |= {
+            "down": nn.Linear(7, 6, bias=False),
+            "conv": Conv1D(6, 6),
+            "lm_head": nn.Linear(6, 11, bias=False),
+        }
         if tied:
             layers["lm_head"].weight = layers["embed"].weight
         return nn.Sequential(collections.OrderedDict(layers))
@@ -401,7 +428,9 @@ def test_a_packed_file_fills_a_model_that_is_not_our_gpt(tmp_path):
             tsld.load_model(path)
         wrong = other(tied)
         wrong.norm = nn.LayerNorm(8)
-        with pytest.raises(tsld.CheckpointError, match=r"another model: norm\.bias has shape \(7,\) there and \(8,\) here"):
+        with pytest.raises(
+            tsld.CheckpointError, match=r"another model: norm\.bias has shape \(7,\) there and \(8,\) here"
+        ):
             tsld.load_model(path, into=wrong)
         assert type(wrong.up) is nn.Linear  # untouched
 
@@ -426,12 +455,13 @@ def test_a_file_that_is_no_packed_model_is_refused(tmp_path):
         tsld.save_model(path, quantized_gpt())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # GPT
 
 
 def gpt64(model, ids):
-    """GPT-2 in float64 NumPy, one sequence and one head at a time: logits, hidden states, attention scores."""
+    """GPT-2 in float64 NumPy, one sequence and one head at a time: logits, hidden states, attention
+    scores."""
     p = {name: tensor.detach().double().numpy() for name, tensor in model.state_dict().items()}
     config = model.config
 
@@ -461,7 +491,9 @@ def gpt64(model, ids):
                 heads.append(softmax64(masked) @ v[:, part])
             scores[-1].append(of_layer)
             x = x + linear(np.concatenate(heads, -1), f"h.{layer}.attn.c_proj")
-            x = x + linear(gelu(linear(norm(x, f"h.{layer}.ln_2"), f"h.{layer}.mlp.c_fc")), f"h.{layer}.mlp.c_proj")
+            x = x + linear(
+                gelu(linear(norm(x, f"h.{layer}.ln_2"), f"h.{layer}.mlp.c_fc")), f"h.{layer}.mlp.c_proj"
+            )
             states[-1].append(x)
         logits.append(norm(x, "ln_f") @ p["wte.weight"].T)
     return np.array(logits), np.array(states).swapaxes(0, 1), np.array(scores).swapaxes(0, 1)
@@ -472,11 +504,17 @@ def test_gpt_is_gpt2(T):
     model, ids = micro_gpt(), micro_ids(T=T)
     logits, states, scores = gpt64(model, ids)
     np.testing.assert_allclose(model(ids).detach().numpy(), logits, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose((model.hidden(ids) @ model.wte.weight.T).detach().numpy(), logits, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        (model.hidden(ids) @ model.wte.weight.T).detach().numpy(), logits, rtol=1e-4, atol=1e-4
+    )
     trace = model(ids, trace=True)
     np.testing.assert_allclose(trace.logits.detach().numpy(), logits, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(torch.stack(trace.hidden_states).detach().numpy(), states, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(torch.stack(trace.attention_scores).detach().numpy(), scores, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        torch.stack(trace.hidden_states).detach().numpy(), states, rtol=1e-4, atol=1e-4
+    )
+    np.testing.assert_allclose(
+        torch.stack(trace.attention_scores).detach().numpy(), scores, rtol=1e-4, atol=1e-4
+    )
 
 
 def test_gpt_agrees_with_transformers_gpt2():
@@ -499,7 +537,10 @@ def test_default_config_is_gpt2_small():
     with torch.device("meta"):
         model = GPT(GPTConfig())
     assert sum(p.numel() for p in model.parameters()) == 124_439_808
-    assert sum(m.weight.numel() for m in tsld.quantize_model(model).modules() if isinstance(m, QuantLinear)) == 84_934_656
+    assert (
+        sum(m.weight.numel() for m in tsld.quantize_model(model).modules() if isinstance(m, QuantLinear))
+        == 84_934_656
+    )
 
 
 def test_initial_weights_are_gpt2s():
@@ -512,7 +553,9 @@ def test_initial_weights_are_gpt2s():
             assert torch.all(p == 0)
         else:
             expected = 0.02 / math.sqrt(2 * 3) if "c_proj" in name else 0.02
-            assert p.std().item() == pytest.approx(expected, rel=0.05) and abs(p.mean().item()) < 0.1 * expected
+            assert (
+                p.std().item() == pytest.approx(expected, rel=0.05) and abs(p.mean().item()) < 0.1 * expected
+            )
 
 
 def test_a_sequence_longer_than_the_block_and_an_uneven_head_are_refused():
@@ -529,7 +572,9 @@ def test_dropout_acts_in_training_alone_and_keeps_the_mean():
     for trace in (False, True):  # the fused and the explicit attention
         outputs = [model(ids, trace=True).logits if trace else model(ids) for _ in range(2)]
         assert not torch.equal(*outputs)
-    model.h[0].attn.train().c_proj = nn.Identity()  # leaves the dropout on probabilities, and the one on the output
+    model.h[
+        0
+    ].attn.train().c_proj = nn.Identity()  # leaves the dropout on probabilities, and the one on the output
     x = randn(1, 8, 12)
     positions = torch.arange(8)
     expected = model.h[0].attn.eval()(x, positions)
@@ -584,7 +629,7 @@ def test_generate_restores_the_mode_and_refuses_what_does_not_fit():
         model.generate(micro_ids(T=0), 1)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Losses
 
 
@@ -621,7 +666,9 @@ def test_terms_are_float32_whatever_the_logits_were(dtype):
     student, teacher, targets = example(dtype=dtype)
     terms = tsld.per_token_terms(student, teacher, targets)
     assert all(term.dtype == torch.float32 for term in terms[:3])
-    np.testing.assert_allclose(torch.stack(terms[:3]), terms64(student, teacher, targets), rtol=2e-6, atol=2e-6)
+    np.testing.assert_allclose(
+        torch.stack(terms[:3]), terms64(student, teacher, targets), rtol=2e-6, atol=2e-6
+    )
 
 
 def test_terms_stay_finite_for_logits_of_any_size():
@@ -662,7 +709,9 @@ def test_the_defaults_are_the_papers():
     assert tsld.distillation_loss("tsld", terms).item() == pytest.approx(expected, rel=1e-6)
     assert tsld.tsld_loss(terms).item() == pytest.approx(expected, rel=1e-6)
     scale = np.exp(terms.ce_teacher.double().numpy() / 10)
-    np.testing.assert_allclose(tsld.token_scale(terms.ce_teacher), scale / scale.sum(1, keepdims=True), rtol=1e-6)
+    np.testing.assert_allclose(
+        tsld.token_scale(terms.ce_teacher), scale / scale.sum(1, keepdims=True), rtol=1e-6
+    )
 
 
 def test_temperature_1_is_the_printed_formula():
@@ -684,7 +733,9 @@ def test_token_scale_is_a_softmax_over_each_sequence_that_grows_with_the_teacher
     ce = randn(4, 6).abs() * 5
     scale = tsld.token_scale(ce, 2.0)
     np.testing.assert_allclose(scale.sum(1), 1, rtol=1e-6)
-    for row, weights in zip(ce.double().numpy(), scale.numpy()):  # over its own sequence, whatever the others are
+    for row, weights in zip(
+        ce.double().numpy(), scale.numpy()
+    ):  # over its own sequence, whatever the others are
         np.testing.assert_allclose(weights, softmax64(row / 2.0), rtol=1e-6)
         assert (np.argsort(row) == np.argsort(weights)).all()
     assert tsld.token_scale(torch.tensor([[123.0]])).item() == 1.0
@@ -743,12 +794,14 @@ def test_an_unknown_loss_is_refused():
         tsld.distillation_loss("mse", tsld.per_token_terms(*example()))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Training
 
 
 def test_learning_rate_rises_linearly_then_falls_by_a_cosine_to_a_tenth():
-    config = TrainConfig(steps=201, lr=2.0, warmup=0.05, final_lr=0.1)  # 11 steps of warm-up, 190 steps of cosine
+    config = TrainConfig(
+        steps=201, lr=2.0, warmup=0.05, final_lr=0.1
+    )  # 11 steps of warm-up, 190 steps of cosine
     rates = [tsld.learning_rate(step, config) for step in range(201)]
     np.testing.assert_allclose(rates[:11], 2.0 * np.arange(1, 12) / 11)
     cosine = 0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi * np.arange(190) / 189))
@@ -772,7 +825,9 @@ BRIEF = TrainConfig(loss="tsld", steps=6, batch_size=2, lr=0.01)
 
 
 def batch_of_step(config, step, model):
-    return tsld.get_batch(TEXT, config.batch_size, model.config.block_size, np.random.default_rng((config.seed, step)))
+    return tsld.get_batch(
+        TEXT, config.batch_size, model.config.block_size, np.random.default_rng((config.seed, step))
+    )
 
 
 def test_two_training_steps_are_clipped_adamw_by_hand():
@@ -794,7 +849,9 @@ def test_two_training_steps_are_clipped_adamw_by_hand():
             decay = 0.3 if p.dim() == 2 else 0.0
             p.data = p.data * (1 - lr * decay) - lr * mean / (square.sqrt() + 1e-8)
     for (name, got), expected in zip(trained.named_parameters(), by_hand.parameters()):
-        if name.endswith("c_attn.bias"):  # a bias on the keys shifts all scores alike: its gradient is rounding noise
+        if name.endswith(
+            "c_attn.bias"
+        ):  # a bias on the keys shifts all scores alike: its gradient is rounding noise
             got, expected = got.view(3, -1)[[0, 2]], expected.view(3, -1)[[0, 2]]
         np.testing.assert_allclose(got.detach(), expected.detach(), rtol=1e-3, atol=2e-5, err_msg=name)
 
@@ -824,7 +881,9 @@ def test_training_lowers_the_loss_and_leaves_the_teacher_as_it_was():
     student = tsld.quantize_model(copy.deepcopy(teacher))
     before, losses = copy.deepcopy(teacher.state_dict()), []
     config = replace(BRIEF, steps=60, batch_size=8)
-    seconds = tsld.train(student, TEXT, config, teacher, on_step=lambda step, loss: losses.append((step, loss)))
+    seconds = tsld.train(
+        student, TEXT, config, teacher, on_step=lambda step, loss: losses.append((step, loss))
+    )
     assert [step for step, _ in losses] == list(range(1, 61)) and seconds > 0
     assert np.mean([loss for _, loss in losses[-10:]]) < 0.9 * np.mean([loss for _, loss in losses[:10]])
     assert not student.training and not teacher.training
@@ -860,7 +919,9 @@ def test_stopped_and_resumed_training_ends_with_the_very_same_weights(tmp_path):
     assert not torch.equal(fresh["wte.weight"], uninterrupted["wte.weight"])
 
 
-@pytest.mark.parametrize("changes", [{"lr": 0.02}, {"steps": 7}, {"loss": "logit"}, {"seed": 1}, {"dropout": 0.0}])
+@pytest.mark.parametrize(
+    "changes", [{"lr": 0.02}, {"steps": 7}, {"loss": "logit"}, {"seed": 1}, {"dropout": 0.0}]
+)
 def test_a_checkpoint_of_another_configuration_is_refused(tmp_path, changes):
     train_brief(tmp_path / "state.pt")
     with pytest.raises(tsld.CheckpointError, match="another run: (model|" + "|".join(changes) + ")"):
@@ -927,11 +988,13 @@ def test_a_loss_that_is_not_finite_stops_training_before_it_reaches_the_weights(
     assert torch.isfinite(model.wte.weight).all()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Evaluation
 
 
-@pytest.mark.parametrize("length, block_size", [(60, 8), (57, 8), (2, 8), (9, 8), (10, 8), (60, 1), (59, 7), (8, 8)])
+@pytest.mark.parametrize(
+    "length, block_size", [(60, 8), (57, 8), (2, 8), (9, 8), (10, 8), (60, 1), (59, 7), (8, 8)]
+)
 def test_evaluation_predicts_every_token_but_the_first_once_from_its_own_block(length, block_size):
     model = micro_gpt()
     nats = []
@@ -953,13 +1016,15 @@ def test_evaluation_takes_many_blocks_at_a_time_and_objects_with_logits():
             return collections.namedtuple("Output", "logits")(self.weight.expand(*ids.shape, 5).bfloat16())
 
     model = Uniform().train()
-    assert tsld.evaluate(model, torch.zeros(10_000, dtype=torch.long), 16) == pytest.approx(math.log(5), rel=1e-6)
+    assert tsld.evaluate(model, torch.zeros(10_000, dtype=torch.long), 16) == pytest.approx(
+        math.log(5), rel=1e-6
+    )
     assert model.training
     with pytest.raises(ValueError, match="2 tokens"):
         tsld.evaluate(model, torch.zeros(1, dtype=torch.long), 16)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Data and vocabulary
 
 
@@ -1057,7 +1122,9 @@ def test_the_small_vocabulary_shortens_english_by_more_than_half():
 
 def test_learning_a_vocabulary_joins_the_most_frequent_pair_each_time():
     text = "low lower lowest newer newest wider low low  new\nnew 1999 aaaa aaaaa"
-    words = [[bytes([b]) for b in word.encode()] for word in train_small.re.findall(train_small.PATTERN, text)]
+    words = [
+        [bytes([b]) for b in word.encode()] for word in train_small.re.findall(train_small.PATTERN, text)
+    ]
     expected = [bytes([byte]) for byte in range(256)]
     while len(expected) < 275:  # brute force: count everything anew for every token
         counts = collections.Counter(pair for word in words for pair in zip(word, word[1:]))
@@ -1072,10 +1139,12 @@ def test_learning_a_vocabulary_joins_the_most_frequent_pair_each_time():
     assert train_small.learn_vocabulary(text, 275) == expected
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The command line
 
-WORDS = "the quick brown fox jumps over the lazy dog and the cat sat on a mat while it rained all day long .\n"
+WORDS = (
+    "the quick brown fox jumps over the lazy dog and the cat sat on a mat while it rained all day long .\n"
+)
 
 
 @pytest.fixture
@@ -1083,7 +1152,10 @@ def tiny(monkeypatch, tmp_path):
     """The preset `tiny` made minute, and a text to train on."""
     preset = train_small.PRESETS["tiny"]
     gpt = GPTConfig(block_size=16, vocab_size=2048, n_layer=1, n_head=2, n_embd=8)
-    teacher, student = replace(preset.teacher, steps=4, batch_size=4), replace(preset.student, steps=6, batch_size=4)
+    teacher, student = (
+        replace(preset.teacher, steps=4, batch_size=4),
+        replace(preset.student, steps=6, batch_size=4),
+    )
     small = replace(preset, gpt=gpt, teacher=teacher, student=student, student_tokens=300)
     monkeypatch.setitem(train_small.PRESETS, "tiny", small)
     path = tmp_path / "text.txt"
@@ -1098,7 +1170,8 @@ def run(argv, capsys):
 
 
 def refused(argv, capsys, words):
-    """The command ends with exit code 2 and one line on stderr that has these words; returns what it printed before."""
+    """The command ends with exit code 2 and one line on stderr that has these words; returns what it printed
+    before."""
     assert train_small.main(argv) == 2
     printed = capsys.readouterr()
     assert printed.err.count("\n") == 1 and printed.err.startswith("train_small.py: ")
@@ -1106,7 +1179,12 @@ def refused(argv, capsys, words):
     return printed.out
 
 
-SCORES = [f"{test}{who}_{u}" for test in ("", "test_") for who in ("teacher", "ptq", "student") for u in ("ppl", "bpb")]
+SCORES = [
+    f"{test}{who}_{u}"
+    for test in ("", "test_")
+    for who in ("teacher", "ptq", "student")
+    for u in ("ppl", "bpb")
+]
 
 
 def test_a_run_leaves_one_result_per_loss_with_all_fields(tiny, capsys, tmp_path):
@@ -1157,7 +1235,12 @@ def test_a_shortened_run_shortens_the_teacher_in_proportion(tiny, capsys):
 
 def test_gpt2s_schedule_is_the_papers():
     preset = train_small.PRESETS["gpt2"]
-    assert (preset.gpt.n_layer, preset.gpt.n_embd, preset.gpt.block_size, preset.gpt.vocab_size) == (12, 768, 512, 50257)
+    assert (preset.gpt.n_layer, preset.gpt.n_embd, preset.gpt.block_size, preset.gpt.vocab_size) == (
+        12,
+        768,
+        512,
+        50257,
+    )
     assert (preset.teacher_epochs, preset.student_epochs) == (3, 90)
     for config in (preset.teacher, preset.student):
         assert (config.batch_size, config.lr) == (4, 1e-4)
@@ -1181,17 +1264,23 @@ def test_every_ternary_student_is_saved_packed_and_generates_text(tiny, capsys, 
         assert row["linear_bytes_fp32"] == 16 * row["linear_bytes_packed"]
         packed = tsld.load_model(path)
         assert math.exp(tsld.evaluate(packed, valid, 16)) == pytest.approx(row["student_ppl"], rel=5e-4)
-        printed = run(["--generate", str(path), "--prompt", "the quick", "--seed", "7", "--device", "cpu"], capsys)
+        printed = run(
+            ["--generate", str(path), "--prompt", "the quick", "--seed", "7", "--device", "cpu"], capsys
+        )
         prompt = tokenizer.encode_ordinary("the quick")
         torch.manual_seed(7)
-        expected = packed.generate(torch.tensor([prompt]), 16 - len(prompt), temperature=0.8, top_k=200)[0].tolist()
+        expected = packed.generate(torch.tensor([prompt]), 16 - len(prompt), temperature=0.8, top_k=200)[
+            0
+        ].tolist()
         assert printed == tokenizer.decode(expected) + "\n"
 
 
 def test_a_prompt_too_long_or_a_file_that_is_no_packed_model_is_refused(tiny, capsys, tmp_path):
     run(tiny, capsys)
     packed = str(tmp_path / "out" / "student-tsld.packed")
-    refused(["--generate", packed, "--prompt", "word " * 16], capsys, "tokens long, and the model's block is 16")
+    refused(
+        ["--generate", packed, "--prompt", "word " * 16], capsys, "tokens long, and the model's block is 16"
+    )
     refused(["--generate", packed, "--prompt", ""], capsys, "--prompt is empty")
     refused(["--generate", str(tmp_path / "nowhere")], capsys, "nowhere: No such file")
     refused(["--generate", packed.replace(".packed", ".pt")], capsys, "not a packed model")
@@ -1215,18 +1304,12 @@ def student_weights(folder):
     return tsld.read_file(folder / "student-tsld.pt")["model"]
 
 
-KILLED = """
-import os, signal, sys
-import torch, train_small, tsld
-from dataclasses import replace
-torch.set_num_threads(1)
-preset = train_small.PRESETS["tiny"]
-gpt = tsld.GPTConfig(block_size=16, vocab_size=2048, n_layer=1, n_head=2, n_embd=8)
-teacher, student = replace(preset.teacher, steps=4, batch_size=4), replace(preset.student, steps=6, batch_size=4)
-train_small.PRESETS["tiny"] = replace(preset, gpt=gpt, teacher=teacher, student=student, student_tokens=300)
-tsld.CHECKPOINT_SECONDS = 0
-write = tsld.write_file
-def write_and_die(path, content):
+KILLED = """ import os, signal, sys import torch, train_small, tsld from dataclasses import replace
+torch.set_num_threads(1) preset = train_small.PRESETS["tiny"] gpt = tsld.GPTConfig(block_size=16,
+vocab_size=2048, n_layer=1, n_head=2, n_embd=8) teacher, student = replace(preset.teacher, steps=4,
+batch_size=4), replace(preset.student, steps=6, batch_size=4) train_small.PRESETS["tiny"] = replace(preset,
+gpt=gpt, teacher=teacher, student=student, student_tokens=300) tsld.CHECKPOINT_SECONDS = 0 write =
+tsld.write_file def write_and_die(path, content):
     write(path, content)
     if "student" in str(path) and content["step"] == 3:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -1257,7 +1340,11 @@ def test_a_signal_saves_and_says_how_to_go_on(tiny, capsys, tmp_path, monkeypatc
 
     monkeypatch.setattr(train_small, "show_progress", interrupted)
     assert train_small.main(tiny) == 130
-    assert capsys.readouterr().err.strip().endswith("stopped after step 2 of 6; go on with the same command and --resume")
+    assert (
+        capsys.readouterr()
+        .err.strip()
+        .endswith("stopped after step 2 of 6; go on with the same command and --resume")
+    )
     assert tsld.read_file(tmp_path / "out" / "student-tsld.pt")["step"] == 2
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
@@ -1311,7 +1398,9 @@ def test_a_missing_empty_or_undecodable_text_is_refused(tiny, capsys, tmp_path):
 def test_a_text_too_short_for_one_block_is_refused(tiny, capsys, tmp_path):
     (tmp_path / "short.txt").write_text(WORDS[:30])
     refused([*tiny, "--data", str(tmp_path / "short.txt")], capsys, "too short")
-    refused([*tiny, "--student-tokens", "16"], capsys, "the student text is too short: 16 tokens, and it takes 17")
+    refused(
+        [*tiny, "--student-tokens", "16"], capsys, "the student text is too short: 16 tokens, and it takes 17"
+    )
     assert os.listdir(tmp_path / "out") == []
 
 
@@ -1340,7 +1429,7 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(tiny, capsys, tmp_path):
             refused(["--resume", *tiny], capsys, f"{path} is truncated, altered")
             assert path.read_bytes() == damaged
         path.write_bytes(content)
-    refused(["--resume", "--lr", "0.5", *tiny], capsys, "another run: lr is 0.001 there and 0.5 here")
+    refused(["--resume", "--lr", "0.5", *tiny], capsys, "another run: lr is 0.001 there, 0.5 here")
     run(["--resume", *tiny], capsys)
 
 
@@ -1355,7 +1444,9 @@ def test_a_folder_that_cannot_be_written_is_refused_before_training(tiny, capsys
     assert refused([*tiny, "--out", str(tmp_path / "file" / "out")], capsys, "cannot be written") == ""
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_the_last_good_checkpoint(tiny, capsys, tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_the_last_good_checkpoint(
+    tiny, capsys, tmp_path, monkeypatch
+):
     monkeypatch.setattr(tsld, "CHECKPOINT_SECONDS", 0)
     exact, calls = tsld.training_loss, []
 

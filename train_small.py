@@ -41,7 +41,7 @@ class UserError(Exception):
     """Something the user can mend: printed as one line, exit code 2."""
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Data: three texts, "train", "valid" and "test"
 
 PARTS = ("train", "valid", "test")
@@ -66,7 +66,8 @@ class Corpus:
 
 
 def download(urls, path, sha256):
-    """The first of `urls` that answers and matches, under a temporary name, then renamed. UserError: none does."""
+    """The first of `urls` that answers and matches, under a temporary name, then renamed. UserError: none
+    does."""
     problems = []
     for url in urls:
         try:
@@ -145,20 +146,25 @@ def load_corpus(choice):
     if choice is not None:
         return Corpus(str(choice), f"{choice}, as asked for", load_path(choice))
     try:
-        return Corpus("ptb", f"Penn Treebank, from {DATA / 'ptb'}, the default where it can be had", load_ptb())
+        return Corpus(
+            "ptb", f"Penn Treebank, from {DATA / 'ptb'}, the default where it can be had", load_ptb()
+        )
     except UserError as error:
         return Corpus("pydoc", f"{pydoc}, instead of the Penn Treebank: {error}", load_pydoc())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Vocabulary: byte-level BPE, so every text round-trips
 
-PATTERN = r" ?\w+| ?[^\w\s]+|\s+(?!\S)|\s"  # words and punctuation with the space before them; other white space
+PATTERN = (
+    r" ?\w+| ?[^\w\s]+|\s+(?!\S)|\s"  # words and punctuation with the space before them; other white space
+)
 VOCABULARY = DATA / "bpe2048.tiktoken"
 
 
 def load_tokenizer(name):
-    """A tiktoken.Encoding: "bpe2048", shipped in data/, or "gpt2", which tiktoken downloads once into data/tiktoken."""
+    """A tiktoken.Encoding: "bpe2048", shipped in data/, or "gpt2", which tiktoken downloads once into
+    data/tiktoken."""
     if name == "bpe2048":
         lines = VOCABULARY.read_text().splitlines()
         ranks = {base64.b64decode(token): int(rank) for token, rank in map(str.split, lines)}
@@ -168,14 +174,18 @@ def load_tokenizer(name):
         return tiktoken.get_encoding(name)
     except OSError as error:
         cause = str(error).split("(Caused by")[0]
-        raise UserError(f"GPT-2's vocabulary cannot be downloaded ({cause}): go online once, or use --model tiny")
+        raise UserError(
+            f"GPT-2's vocabulary cannot be downloaded ({cause}): go online once, or use --model tiny"
+        )
 
 
 def learn_vocabulary(text, size):
-    """Byte-pair encoding (Sennrich et al., 2016): join the most frequent pair of neighbouring tokens into a new one,
-    until there are `size`. Returns the tokens, as bytes, in the order they were made."""
+    """Byte-pair encoding (Sennrich et al., 2016): join the most frequent pair of neighbouring tokens into a
+    new one, until there are `size`. Returns the tokens, as bytes, in the order they were made."""
     counts = collections.Counter(word.encode() for word in re.findall(PATTERN, text))
-    words = {word: [bytes([byte]) for byte in word] for word in counts}  # each distinct word as its present tokens
+    words = {
+        word: [bytes([byte]) for byte in word] for word in counts
+    }  # each distinct word as its present tokens
     vocabulary = [bytes([byte]) for byte in range(256)]
     pairs, users = collections.Counter(), collections.defaultdict(set)  # pair -> how often, in which words
 
@@ -208,14 +218,14 @@ def write_vocabulary():
     write_text(VOCABULARY, "".join(lines))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Presets
 
 
 @dataclass
 class Preset:
-    """A model and how it is trained. Training ends with whichever comes first, its steps or its epochs (an epoch is as
-    many random pieces of block_size tokens as the text is long)."""
+    """A model and how it is trained. Training ends with whichever comes first, its steps or its epochs (an
+    epoch is as many random pieces of block_size tokens as the text is long)."""
 
     gpt: GPTConfig
     tokenizer: str
@@ -223,7 +233,9 @@ class Preset:
     student: TrainConfig
     teacher_epochs: float = math.inf
     student_epochs: float = math.inf
-    student_tokens: int | None = None  # the student is distilled on this much of the training text; None: all of it
+    student_tokens: int | None = (
+        None  # the student is distilled on this much of the training text; None: all of it
+    )
 
 
 # The schedule of the paper's GPT-2 runs.
@@ -236,8 +248,8 @@ GPT2 = Preset(
     student_epochs=90,
 )
 PRESETS = {
-    # Minutes on two CPU cores, and the paper's situation in small: a teacher that has seen far more text than the
-    # student is distilled on. More epochs than 11 would only teach it a small text by heart.
+    # Minutes on two CPU cores, and the paper's situation in small: a teacher that has seen far more text than
+    # the student is distilled on. More epochs than 11 would only teach it a small text by heart.
     "tiny": Preset(
         gpt=GPTConfig(block_size=128, vocab_size=2048, n_layer=6, n_head=4, n_embd=128),
         tokenizer="bpe2048",
@@ -260,7 +272,7 @@ def limit(steps, epochs, config, block_size, tokens):
     return min(steps, math.ceil(epochs * len(tokens) / (config.batch_size * block_size)))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Progress, and leaving early
 
 
@@ -275,7 +287,8 @@ def show_progress(text, last=False, _shown=[0.0]):
 
 @contextmanager
 def stop_on_signal():
-    """Within: the first Ctrl-C or SIGTERM is noted in the list that this yields, the second ends the program."""
+    """Within: the first Ctrl-C or SIGTERM is noted in the list that this yields, the second ends the
+    program."""
     received = []
 
     def note(number, frame):
@@ -300,7 +313,9 @@ def train_with_progress(label, model, tokens, config, checkpoint, teacher=None, 
         began or began.extend((now, step))
         rate = (step - began[1]) / max(now - began[0], 1e-9)  # steps per second
         left = f"{time_left((config.steps - step) / rate)} left" if rate else "timing"
-        text = f"{label}: step {step}/{config.steps}, loss {loss:.3f}, {rate * per_step:,.0f} tokens/s, {left}"
+        text = (
+            f"{label}: step {step}/{config.steps}, loss {loss:.3f}, {rate * per_step:,.0f} tokens/s, {left}"
+        )
         show_progress(text, last=step == config.steps)
         return bool(received)
 
@@ -314,7 +329,7 @@ def time_left(seconds):
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # One run: teacher, teacher ternarized without training, student
 
 
@@ -345,7 +360,10 @@ class Setup:
     student: TrainConfig
 
     def score(self, model):
-        return {part: score(model, self.tokens[part], self.tokenizer, self.gpt.block_size) for part in ("valid", "test")}
+        return {
+            part: score(model, self.tokens[part], self.tokenizer, self.gpt.block_size)
+            for part in ("valid", "test")
+        }
 
 
 def set_up(args):
@@ -360,14 +378,18 @@ def set_up(args):
     block_size = preset.gpt.block_size
     for part, least in (("train", block_size + 1), ("student", block_size + 1), ("valid", 2), ("test", 2)):
         if len(tokens[part]) < least:
-            raise UserError(f"the {part} text is too short: {len(tokens[part])} tokens, and it takes {least} or more")
+            raise UserError(
+                f"the {part} text is too short: {len(tokens[part])} tokens, and it takes {least} or more"
+            )
 
     given = {"batch_size": args.batch_size, "lr": args.lr}
     student = replace(preset.student, **{name: value for name, value in given.items() if value is not None})
     student = replace(student, temperature=args.tsld_temperature, gt_weight=args.gt_weight)
     full = limit(student.steps, preset.student_epochs, student, block_size, tokens["student"])
     steps = args.steps or full
-    teacher_steps = limit(preset.teacher.steps, preset.teacher_epochs, preset.teacher, block_size, tokens["train"])
+    teacher_steps = limit(
+        preset.teacher.steps, preset.teacher_epochs, preset.teacher, block_size, tokens["train"]
+    )
     # A run shortened to try things out shortens the teacher as well.
     teacher_steps = args.teacher_steps or math.ceil(teacher_steps * min(1, steps / full))
     common = {"dtype": args.dtype or default_dtype(device), "seed": args.seed}
@@ -377,14 +399,19 @@ def set_up(args):
 
 
 def train_teacher(setup):
-    """The teacher's file is named after everything that makes it, so that it is found again, and a run that was killed
-    while training it goes on where it was."""
+    """The teacher's file is named after everything that makes it, so that it is found again, and a run that
+    was killed while training it goes on where it was."""
     torch.manual_seed(setup.args.seed)
     teacher = GPT(setup.gpt).to(setup.device)
     text = hashlib.sha256(setup.tokens["train"].numpy().tobytes()).hexdigest()
     made_of = json.dumps([asdict(setup.gpt), asdict(setup.teacher), text])
-    path = Path(setup.args.out) / f"teacher-{setup.model}-{hashlib.sha256(made_of.encode()).hexdigest()[:8]}.pt"
-    print(f"teacher: {setup.teacher.steps} steps, kept in {path}{', found there' if path.exists() else ''}", flush=True)
+    path = (
+        Path(setup.args.out) / f"teacher-{setup.model}-{hashlib.sha256(made_of.encode()).hexdigest()[:8]}.pt"
+    )
+    print(
+        f"teacher: {setup.teacher.steps} steps, kept in {path}{', found there' if path.exists() else ''}",
+        flush=True,
+    )
     if setup.args.compile:
         teacher.compile()
     train_with_progress("teacher", teacher, setup.tokens["train"], setup.teacher, path, resume=True)
@@ -416,7 +443,10 @@ def run(args):
     fp32 = sum(4 * p.numel() for p in teacher.parameters())
     linear_fp32 = sum(4 * m.weight.numel() for m in ptq.modules() if isinstance(m, tsld.QuantLinear))
     packed, linear_packed = pack(ptq, out / "rounded.packed")
-    table = [("teacher", scores["teacher"], fp32), (f"teacher, {args.bits} bit", scores["ptq"], packed or fp32)]
+    table = [
+        ("teacher", scores["teacher"], fp32),
+        (f"teacher, {args.bits} bit", scores["ptq"], packed or fp32),
+    ]
     results = []
     for loss in LOSSES if args.loss == "all" else (args.loss,):
         student, seconds = train_student(setup, loss, teacher)
@@ -427,7 +457,9 @@ def run(args):
         row |= {"model": setup.model, "data": setup.corpus, "tokenizer": setup.tokenizer.name}
         for part, prefix in (("valid", ""), ("test", "test_")):
             for unit in ("ppl", "bpb"):
-                row |= {f"{prefix}{who}_{unit}": scores[who][part][unit] for who in ("teacher", "ptq", "student")}
+                row |= {
+                    f"{prefix}{who}_{unit}": scores[who][part][unit] for who in ("teacher", "ptq", "student")
+                }
         row |= {"bytes_fp32": fp32, "bytes_packed": packed}
         row |= {"linear_bytes_fp32": linear_fp32, "linear_bytes_packed": linear_packed}
         trained = setup.student.steps * setup.student.batch_size * setup.gpt.block_size
@@ -438,16 +470,20 @@ def run(args):
     print_sample(setup, student, loss)
     print(f"\nresults: {out / 'results.json'}")
     if packed:
-        print(f"more text: python train_small.py --generate {out / f'student-{loss}.packed'} --prompt 'the company said'")
+        print(
+            f"more text: python train_small.py --generate {out / f'student-{loss}.packed'} --prompt 'the company said'"
+        )
 
 
 def pack(model, path):
-    """Packs a 2-bit model in place and saves it. Returns the file's size and that of the ternary weights in it, in
-    bytes; None and None for a 4-bit model, which has no packed form here."""
+    """Packs a 2-bit model in place and saves it. Returns the file's size and that of the ternary weights in
+    it, in bytes; None and None for a 4-bit model, which has no packed form here."""
     if any(isinstance(m, tsld.QuantLinear) and m.bits != 2 for m in model.modules()):
         return None, None
     tsld.save_model(path, tsld.pack_model(model))
-    return path.stat().st_size, sum(m.packed.numel() for m in model.modules() if isinstance(m, tsld.PackedLinear))
+    return path.stat().st_size, sum(
+        m.packed.numel() for m in model.modules() if isinstance(m, tsld.PackedLinear)
+    )
 
 
 def print_table(rows):
@@ -455,7 +491,9 @@ def print_table(rows):
     print(f"\n{'':24}{'validation':>21}{'test':>21}{'size':>14}")
     print(f"{'':24}{'perplexity bits/byte':>21}{'perplexity bits/byte':>21}{'bytes':>14}")
     for name, scores, size in rows:
-        values = "".join(f"{scores[part]['ppl']:11.2f}{scores[part]['bpb']:10.4f}" for part in ("valid", "test"))
+        values = "".join(
+            f"{scores[part]['ppl']:11.2f}{scores[part]['bpb']:10.4f}" for part in ("valid", "test")
+        )
         print(f"{name:24}{values}{size:14,}")
 
 
@@ -480,7 +518,9 @@ def generate(args):
         raise UserError(f"--generate {args.generate}: {error.strerror}")
     names = {preset.gpt.vocab_size: preset.tokenizer for preset in PRESETS.values()}
     if model.config.vocab_size not in names:
-        raise UserError(f"--generate {args.generate}: no tokenizer here has its {model.config.vocab_size} tokens")
+        raise UserError(
+            f"--generate {args.generate}: no tokenizer here has its {model.config.vocab_size} tokens"
+        )
     tokenizer = load_tokenizer(names[model.config.vocab_size])
     device = choose_device(args.device)
     prompt = tokenizer.encode_ordinary(args.prompt)
@@ -505,7 +545,7 @@ def write_text(path, text):
     os.replace(temporary, path)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Benchmark: each table is one run, its rows measured in turns, its ratios against the row named first
 
 
@@ -546,7 +586,10 @@ def bench_matvec(device, bandwidth):
     """One row of activations times a weight matrix: what generating a token consists of."""
     product = torch.compile(tsld.ternary_matmul, dynamic=False, options=tsld.COMPILE_OPTIONS)
     for shape in ((2304, 768), (3072, 768), (768, 3072), (4096, 4096)):
-        codes, scale = torch.randint(-1, 2, shape, dtype=torch.int8, device=device), torch.ones(1, 1, device=device)
+        codes, scale = (
+            torch.randint(-1, 2, shape, dtype=torch.int8, device=device),
+            torch.ones(1, 1, device=device),
+        )
         packed, weight, x = tsld.pack_ternary(codes), codes.float(), torch.randn(1, shape[1], device=device)
         half, half_x = weight.bfloat16(), x.bfloat16()
         functions = {
@@ -623,7 +666,9 @@ def bench_memory(folder):
         print(f"    of it {part:44}{size / 1e6:14,.1f}")
     peaks = {}
     for name, path in files.items():
-        output = subprocess.run([sys.executable, "-c", MEMORY, path], cwd=DATA.parent, capture_output=True, check=True)
+        output = subprocess.run(
+            [sys.executable, "-c", MEMORY, path], cwd=DATA.parent, capture_output=True, check=True
+        )
         start, peak = map(int, output.stdout.split())
         peaks[f"{name}, above {start / 1e6:,.0f} MB after importing torch"] = (peak - start) / 1e6
     print_ratios("memory to load and generate, peak", "MB", peaks)
@@ -632,9 +677,13 @@ def bench_memory(folder):
 def bench(args):
     device = choose_device(args.device)
     torch.manual_seed(args.seed)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    name = (
+        torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    )
     bandwidth = bench_bandwidth(device)
-    print(f"{name}, torch {torch.__version__}; memory is read at {bandwidth / 1e9:.1f} GB/s. Any other load spoils this.")
+    print(
+        f"{name}, torch {torch.__version__}; memory is read at {bandwidth / 1e9:.1f} GB/s. Any other load spoils this."
+    )
     with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
         bench_matvec(device, bandwidth)
         model = GPT(GPTConfig()).eval()
@@ -646,7 +695,7 @@ def bench(args):
         bench_memory(Path(folder))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Command line
 
 
@@ -658,7 +707,9 @@ def choose_device(name):
         torch.zeros(1, device=device)
         return device
     except (RuntimeError, AssertionError, NotImplementedError):
-        raise UserError(f"--device {name}: there is no such device here; without --device a run takes what there is")
+        raise UserError(
+            f"--device {name}: there is no such device here; without --device a run takes what there is"
+        )
 
 
 def default_dtype(device):
@@ -666,7 +717,9 @@ def default_dtype(device):
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        fast = device.type == "cpu" and any("bf16" in name and has for name, has in torch.cpu.get_capabilities().items())
+        fast = device.type == "cpu" and any(
+            "bf16" in name and has for name, has in torch.cpu.get_capabilities().items()
+        )
     return "bfloat16" if fast else "float32"
 
 
@@ -715,22 +768,54 @@ def number(kind, least=0, or_equal=False):
 def parse(argv):
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
-    add("--loss", choices=(*LOSSES, "all"), default="tsld", help="what the student learns from (default tsld)")
+    add(
+        "--loss", choices=(*LOSSES, "all"), default="tsld", help="what the student learns from (default tsld)"
+    )
     add("--bits", type=int, choices=(2, 4), default=2, help="bits per weight: 2 is ternary (default 2)")
-    add("--granularity", choices=("tensor", "channel"), default="tensor", help="what shares a scale (default tensor)")
-    add("--tsld-temperature", type=number(float), default=10.0, help="τ of the token scale (default 10; inf: logit)")
-    add("--gt-weight", type=number(float, or_equal=True), default=0.0, help="weight of the ground-truth loss added to tsld (default 0)")
+    add(
+        "--granularity",
+        choices=("tensor", "channel"),
+        default="tensor",
+        help="what shares a scale (default tensor)",
+    )
+    add(
+        "--tsld-temperature",
+        type=number(float),
+        default=10.0,
+        help="τ of the token scale (default 10; inf: logit)",
+    )
+    add(
+        "--gt-weight",
+        type=number(float, or_equal=True),
+        default=0.0,
+        help="weight of the ground-truth loss added to tsld (default 0)",
+    )
     add("--model", choices=PRESETS, help="default: gpt2 on a GPU, tiny elsewhere")
     add("--init", choices=("scratch",), default="scratch", help="where the teacher starts")
     add("--data", help="ptb, pydoc, a text file, or a folder with train.txt, valid.txt and test.txt")
-    add("--student-tokens", type=number(int), help="how much of the training text the student is distilled on")
-    add("--steps", type=number(int), help="of the student's training; fewer than its preset's shorten the teacher's too")
+    add(
+        "--student-tokens", type=number(int), help="how much of the training text the student is distilled on"
+    )
+    add(
+        "--steps",
+        type=number(int),
+        help="of the student's training; fewer than its preset's shorten the teacher's too",
+    )
     add("--teacher-steps", type=number(int), help="of the teacher's training")
     add("--batch-size", type=number(int), help="of the student's training, in sequences")
     add("--lr", type=number(float), help="peak learning rate of the student's training")
-    add("--seed", type=number(int, or_equal=True), default=0, help="of initial weights, data order and sampling (default 0)")
+    add(
+        "--seed",
+        type=number(int, or_equal=True),
+        default=0,
+        help="of initial weights, data order and sampling (default 0)",
+    )
     add("--device", help="cpu, cuda, ... (default: cuda where there is one)")
-    add("--dtype", choices=("float32", "bfloat16"), help="of matrix products (default: bfloat16 where it is fast)")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="of matrix products (default: bfloat16 where it is fast)",
+    )
     add("--compile", action="store_true", help="torch.compile the models")
     add("--out", default="out", help="folder for checkpoints and results (default out)")
     add("--resume", action="store_true", help="go on with a student's training that was interrupted")

@@ -1,12 +1,13 @@
 """TSLD: token-scaled logit distillation for ternary-weight generative language models, in one file.
 
-After Kim et al., "Token-Scaled Logit Distillation for Ternary Weight Generative Language Models", NeurIPS 2023
-(arXiv:2308.06744); the authors' own program is github.com/aiha-lab/TSLD.
+After Kim et al., "Token-Scaled Logit Distillation for Ternary Weight Generative Language Models", NeurIPS
+2023 (arXiv:2308.06744); the authors' own program is github.com/aiha-lab/TSLD.
 
-A language model spends its time reading weights from memory. Make every weight one of {-1, 0, +1} times a scale α and
-it needs 2 bits instead of 32, and a matrix product needs no multiplications. Rounding a trained model that coarsely
-destroys it, so the ternary *student* is trained with the rounding in the loop (quantization-aware training, QAT) to
-give the same next-token distribution as its full-precision *teacher*. TSLD says how much each token counts:
+A language model spends its time reading weights from memory. Make every weight one of {-1, 0, +1} times a
+scale α and it needs 2 bits instead of 32, and a matrix product needs no multiplications. Rounding a trained
+model that coarsely destroys it, so the ternary *student* is trained with the rounding in the loop
+(quantization-aware training, QAT) to give the same next-token distribution as its full-precision *teacher*.
+TSLD says how much each token counts:
 
     L = Σ_n  softmax_n( -Σ_i y_ni log P^T_ni / τ )  ·  Σ_i -P^T_ni log P^S_ni
              └─ token_scale: how unsure the     ┘      └─ kd: cross-entropy of student ┘
@@ -33,14 +34,15 @@ Contents, in reading order:
     4. Losses        three numbers per token, and the five published ways to weigh them
     5. Training      the loop, evaluation, checkpoints
 
-Losses are in nats unless a name says bits. Tensors keep their device and dtype unless a docstring says otherwise.
-"""
+Losses are in nats unless a name says bits. Tensors keep their device and dtype unless a docstring says
+otherwise."""
 
 import hashlib
 import math
 import os
 import pickle
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -50,11 +52,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 1. Quantizers
 #
-# A weight matrix (out, in) becomes small integers, the codes, and one float32 scale for the whole matrix ("tensor")
-# or for each of its rows, the output channels ("channel").
+# A weight matrix (out, in) becomes small integers, the codes, and one float32 scale for the whole matrix
+# ("tensor") or for each of its rows, the output channels ("channel").
 
 
 def _group(granularity):
@@ -69,9 +71,9 @@ def ternarize(weight, granularity="tensor"):
 
         Δ = 0.7 · mean|w|        α = mean of |w| where |w| > Δ        codes = sign(w) where |w| > Δ, else 0
 
-    weight: (out, in), any float dtype. Returns codes, int8 (out, in) in {-1, 0, +1}, and scale, float32 (1, 1) for
-    "tensor", (out, 1) for "channel". A group of zeros gets scale 0. Source of Δ and α: Li et al., "Ternary Weight
-    Networks", 2016. ValueError: an unknown granularity.
+    weight: (out, in), any float dtype. Returns codes, int8 (out, in) in {-1, 0, +1}, and scale, float32,
+    (1, 1) for "tensor" or (out, 1) for "channel". A group of zeros gets scale 0.
+    Source of Δ and α: Li et al., "Ternary Weight Networks", 2016. ValueError: an unknown granularity.
     """
     group = _group(granularity)
     w = weight.detach().float()
@@ -84,15 +86,15 @@ def ternarize(weight, granularity="tensor"):
 
 
 def quantize_int4(weight, granularity="tensor"):
-    """Asymmetric 4-bit round-to-nearest: w ≈ scale · (codes - zero_point), the W4 rows of the paper's table 1.
+    """Asymmetric 4-bit round-to-nearest: w ≈ scale · (codes - zero_point), the W4 rows of table 1.
 
         low = min(w, 0)   high = max(w, 0)   scale = (high - low) / 15   zero_point = round(-low / scale)
 
     The range always includes 0, so that 0 stays exactly 0 and weights all of one sign are not clipped.
 
-    weight: (out, in), any float dtype. Returns codes, uint8 (out, in) in 0..15; scale, float32, and zero_point, int32
-    in 0..15, both (1, 1) for "tensor", (out, 1) for "channel". A group of zeros gets scale 0.
-    ValueError: an unknown granularity.
+    weight: (out, in), any float dtype. Returns codes, uint8 (out, in) in 0..15; scale, float32, and
+    zero_point, int32 in 0..15, both (1, 1) for "tensor" or (out, 1) for "channel". A group of zeros gets
+    scale 0. ValueError: an unknown granularity.
     """
     group = _group(granularity)
     w = weight.detach().float()
@@ -106,8 +108,8 @@ def quantize_int4(weight, granularity="tensor"):
 
 
 class _StraightThrough(torch.autograd.Function):
-    """Rounding has gradient 0 almost everywhere and would stop all learning, so the backward pass leaves it out:
-    forward w → ŵ, backward ∂L/∂w := ∂L/∂ŵ (the straight-through estimator)."""
+    """Rounding has gradient 0 almost everywhere and would stop all learning, so the backward pass leaves it
+    out: forward w → ŵ, backward ∂L/∂w := ∂L/∂ŵ (the straight-through estimator)."""
 
     @staticmethod
     def forward(ctx, weight, bits, granularity):
@@ -123,15 +125,18 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def fake_quantize(weight, bits=2, granularity="tensor"):
-    """The weight after quantizing and back, (out, in) in the weight's own dtype: forward exactly the dequantized
-    value, backward the identity. bits: 2 (ternary) or 4. ValueError: other bits, or an unknown granularity."""
+    """The weight after quantizing and back, (out, in) in the weight's own dtype: forward exactly the
+    dequantized value, backward the identity.
+
+    bits: 2 (ternary) or 4. ValueError: other bits, or an unknown granularity.
+    """
     if bits not in (2, 4):
         raise ValueError(f"bits must be 2 or 4, not {bits!r}")
     return _StraightThrough.apply(weight, bits, granularity)
 
 
 class QuantLinear(nn.Linear):
-    """A linear layer that keeps its weight in full precision, to be trained, and computes with the quantized one."""
+    """A linear layer that trains its weight in full precision and computes with the quantized one."""
 
     def __init__(self, in_features, out_features, bias=True, bits=2, granularity="tensor"):
         super().__init__(in_features, out_features, bias=bias)
@@ -145,12 +150,12 @@ class QuantLinear(nn.Linear):
 
 
 def _is_conv1d(module):
-    """transformers' Conv1D: a linear layer whose weight is stored (in, out); known by name, so nothing is imported."""
+    """Is it transformers' Conv1D, a linear layer with its weight stored (in, out)? Nothing is imported."""
     return type(module).__name__ == "Conv1D" and module.weight.shape == (module.nx, module.nf)
 
 
 def _output_heads(model):
-    """The layers that make logits: what the model itself says, else those tied to an embedding or named like a head."""
+    """The layers that make logits: as the model says, else those tied to an embedding or named as heads."""
     if callable(getattr(model, "get_output_embeddings", None)):
         return [model.get_output_embeddings()]
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
@@ -164,8 +169,8 @@ def _output_heads(model):
 def quantize_model(model, bits=2, granularity="tensor"):
     """Replaces every nn.Linear (and transformers' Conv1D) of any torch module by a QuantLinear, in place.
 
-    Embeddings, norms and the output head stay in full precision, as in the paper. The new layers hold the very
-    parameters of the old ones, so nothing is copied (Conv1D's are transposed). Returns the same model.
+    Embeddings, norms and the output head stay in full precision, as in the paper. The new layers hold the
+    very parameters of the old ones, so nothing is copied (Conv1D's are transposed). Returns the same model.
     ValueError: other bits than 2 and 4, an unknown granularity, or no layer to quantize.
     """
     fake_quantize(torch.zeros(1, 1), bits, granularity)  # refuse bad arguments before anything is changed
@@ -173,7 +178,9 @@ def quantize_model(model, bits=2, granularity="tensor"):
     layers = {
         name: module
         for name, module in model.named_modules(remove_duplicate=False)  # a layer used twice has two names
-        if name and (isinstance(module, nn.Linear) or _is_conv1d(module)) and not any(module is h for h in heads)
+        if name
+        and (isinstance(module, nn.Linear) or _is_conv1d(module))
+        and not any(module is h for h in heads)
     }
     if not layers:
         raise ValueError(f"{type(model).__name__} has no linear layer to quantize")
@@ -188,21 +195,21 @@ def quantize_model(model, bits=2, granularity="tensor"):
     return model
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 2. Bit packing
 #
-# The slide "Motivation: Accuracy Loss in Ternary Quantization" promises 16 times less memory and a matrix product
-# without multiplications. Here is where the student keeps both promises.
+# The slide "Motivation: Accuracy Loss in Ternary Quantization" promises 16 times less memory and a matrix
+# product without multiplications. Here is where the student keeps both promises.
 #
-# A ternary code needs 2 bits: code + 1 is 0, 1 or 2. A row of `in` codes is cut into 4 quarters of K = ceil(in / 4)
-# codes, the last quarter filled up with code 0. Byte i of the packed row holds the i-th code of each quarter, quarter j
-# in bits 2j and 2j + 1, so that one shift and one mask of all bytes give a whole quarter in order.
+# A ternary code needs 2 bits: code + 1 is 0, 1 or 2. A row of `in` codes is cut into 4 quarters of
+# K = ceil(in / 4) codes, the last one filled up with code 0. Byte i of the packed row holds the i-th code of
+# each quarter, quarter j in bits 2j and 2j + 1: one shift and one mask of all bytes give a quarter in order.
 
 
 def pack_ternary(codes):
     """codes: int8 (out, in) in {-1, 0, +1} -> uint8 (out, ceil(in / 4)).
 
-    An example with 3 columns: K = 1, so each row is one byte, and the fourth quarter is filling (code 0, bits 01).
+    An example with 3 columns: K = 1, so a row is one byte, and the fourth quarter is filling (code 0).
 
         codes          code + 1 in bits, last quarter first      byte
         +1  0 -1       01 00 01 10                               0x46 = 70
@@ -214,7 +221,8 @@ def pack_ternary(codes):
         y = α · ( 2 - 5,  3 + 5,  -2 ) = α · (-3, 8, -2)
     """
     K = math.ceil(codes.shape[1] / 4)
-    quarters = F.pad(codes, (0, 4 * K - codes.shape[1])).view(-1, 4, K).to(torch.uint8) + 1  # (out, 4, K) in {0, 1, 2}
+    filled = F.pad(codes, (0, 4 * K - codes.shape[1]))  # (out, 4 K)
+    quarters = (filled + 1).to(torch.uint8).view(-1, 4, K)  # (out, 4, K) in {0, 1, 2}
     return sum(quarters[:, j] << 2 * j for j in range(4))
 
 
@@ -225,27 +233,30 @@ def unpack_ternary(packed, in_features):
 
 
 def ternary_matmul_by_sums(x, codes, scale):
-    """The product without multiplications, in its plainest dress: for each output the sum of the x where the code is +1
-    minus the sum of the x where it is -1, and one product with α at the end.
-    x: (in,); codes: (out, in); scale: (1, 1) or (out, 1). Returns (out,)."""
+    """The product without multiplications, in its plainest dress: for each output the sum of the x where the
+    code is +1 minus the sum of the x where it is -1, and one product with α at the end.
+
+    x: (in,); codes: (out, in); scale: (1, 1) or (out, 1). Returns (out,).
+    """
     sums = torch.stack([x[row == 1].sum() - x[row == -1].sum() for row in codes])
     return scale.flatten() * sums
 
 
 def ternary_matmul(x, packed, scale):
-    """x @ (scale · codes).T from the packed bytes, weights of 2 bits and activations in floating point (W2A16).
+    """x @ (scale · codes).T from the packed bytes; the activations stay in floating point (W2A16).
 
-    x: (..., in), any float dtype; packed: uint8 (out, ceil(in / 4)); scale: float32 (1, 1) or (out, 1). Returns
-    (..., out) in x's dtype, accumulated in float32. One row of x is limited by reading the weights, and under
-    torch.compile becomes one loop over the bytes; many rows are limited by arithmetic, and unpack a block of outputs at
-    a time for a dense product.
+    x: (..., in), any float dtype; packed: uint8 (out, ceil(in / 4)); scale: float32 (1, 1) or (out, 1).
+    Returns (..., out) in x's dtype, accumulated in float32.
+
+    One row of x takes as long as reading the weights: under torch.compile it is one loop over the bytes.
+    Many rows take as long as the arithmetic: they unpack a block of outputs at a time for a dense product.
     """
     rows = x.reshape(-1, x.shape[-1]).float()  # (M, in)
     if len(rows) == 1:
         K = packed.shape[1]
-        quarters = F.pad(rows[0], (0, 4 * K - rows.shape[1])).view(4, K)  # of x, as the bytes hold them of the weight
+        quarters = F.pad(rows[0], (0, 4 * K - rows.shape[1])).view(4, K)  # of x, like those of the weight
         p = packed.int()  # (out, K)
-        # p & (3 << 2j) is (code + 1) · 4^j: masked, not shifted, because the factor costs nothing after the sum over K.
+        # p & (3 << 2j) is (code + 1) · 4^j. Dividing by 4^j after the sum over K is cheaper than shifting.
         y = sum(((p & 3 << 2 * j) * quarters[j]).sum(1) / 4**j for j in range(4))
         y = (y - rows.sum())[None]  # Σ (code + 1) · x - Σ x
     else:
@@ -255,8 +266,10 @@ def ternary_matmul(x, packed, scale):
 
 
 COMPILE_OPTIONS = {
-    "cpp.enable_floating_point_contract_flag": "fast",  # in CPU kernels: multiply and add are one instruction
-    "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe,  # no look at every layer before every call
+    # On a CPU, multiplying and adding is one instruction.
+    "cpp.enable_floating_point_contract_flag": "fast",
+    # Each call trusts that the model's layers are still those that were compiled.
+    "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe,
 }
 
 
@@ -275,11 +288,11 @@ class PackedLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self):
-        return f"in_features={self.in_features}, out_features={len(self.packed)}, bias={self.bias is not None}"
+        return f"{self.in_features}, {len(self.packed)}, bias={self.bias is not None}"
 
 
 class HalfHead(nn.Module):
-    """The output head of a loaded model: reads the float16 embedding it is tied to and computes in float32."""
+    """The output head of a loaded model: reads the float16 embedding, computes in float32."""
 
     def __init__(self, weight):
         super().__init__()
@@ -295,11 +308,17 @@ class HalfHead(nn.Module):
 
 
 def pack_model(model):
-    """Replaces every 2-bit QuantLinear by a PackedLinear, in place; 4-bit ones stay. Returns the same model, in eval
-    mode. ValueError: there is none."""
-    layers = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, QuantLinear) and m.bits == 2]
+    """Replaces every 2-bit QuantLinear by a PackedLinear, in place; 4-bit ones stay. Returns the same model,
+    in eval mode. ValueError: there is none."""
+    layers = [
+        (n, m)
+        for n, m in model.named_modules(remove_duplicate=False)
+        if isinstance(m, QuantLinear) and m.bits == 2
+    ]
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no 2-bit QuantLinear to pack: quantize_model(model, bits=2) first")
+        raise ValueError(
+            f"{type(model).__name__} has no 2-bit QuantLinear to pack: quantize_model(model, bits=2) first"
+        )
     for name, layer in layers:
         codes, scale = ternarize(layer.weight, layer.granularity)
         bias = None if layer.bias is None else layer.bias.detach()
@@ -314,8 +333,9 @@ def _own_tensors(model):
 
 
 def save_model(path, model):
-    """Writes a packed model: packed weights, float32 scales, biases and norms, float16 embeddings and output head, the
-    config of a GPT, and a checksum over it all. Atomic. ValueError: nothing in the model is packed."""
+    """Writes a packed model: packed weights, float32 scales, biases and norms, float16 embeddings and output
+    head, the config of a GPT, and a checksum over it all. Whole or not at all.
+    ValueError: nothing in the model is packed."""
     layers = {name: m.in_features for name, m in model.named_modules() if isinstance(m, PackedLinear)}
     if not layers:
         raise ValueError(f"{type(model).__name__} has no packed layer to save: pack_model(model) first")
@@ -329,8 +349,8 @@ def save_model(path, model):
 def load_model(path, into=None):
     """Reads what save_model wrote; the model is in eval mode and has nothing to train.
 
-    into: the module to fill in place, full-precision or quantized, needed for models other than our GPT. Our GPT keeps
-    its embedding in float16; other models get it in the dtype they have.
+    into: the module to fill in place, full-precision or quantized, for models that are not our GPT. Our GPT
+        keeps its embeddings in float16; other models get them in the dtype they have.
     CheckpointError: truncated, altered, foreign, or of a model with other layers.
     """
     content = read_file(path)
@@ -338,7 +358,7 @@ def load_model(path, into=None):
         raise CheckpointError(f"{path} is not a packed model")
     layers, tensors = content["layers"], content["tensors"]
     if into is None and content["config"] is None:
-        raise CheckpointError(f"{path} is not of this file's GPT: load_model needs `into`, a model of its kind")
+        raise CheckpointError(f"{path} is not of our GPT: load_model needs `into`, a model of its kind")
     with torch.device("meta"):
         model = GPT(GPTConfig(**content["config"])) if into is None else into
     there, here = {name: tuple(tensor.shape) for name, tensor in tensors.items()}, {}
@@ -353,13 +373,12 @@ def load_model(path, into=None):
             here[name] = tuple(tensor.shape)
     for name in sorted(here.keys() | there.keys()):
         if here.get(name) != there.get(name):
-            raise CheckpointError(
-                f"{path} is of another model: {name} has shape {there.get(name)} there and {here.get(name)} here"
-            )
+            shapes = f"shape {there.get(name)} there and {here.get(name)} here"
+            raise CheckpointError(f"{path} is of another model: {name} has {shapes}")
     for name, in_features in layers.items():
         parts = (tensors.get(f"{name}.{part}") for part in ("packed", "scale", "bias"))
         model.set_submodule(name, PackedLinear(in_features, *parts))
-    model.load_state_dict(tensors, strict=False, assign=into is None)  # not strict: tied tensors are there once
+    model.load_state_dict(tensors, strict=False, assign=into is None)  # not strict: tied ones are there once
     if into is None:
         model.lm_head = HalfHead(model.wte.weight)
     return model.requires_grad_(False).eval()
@@ -368,12 +387,12 @@ def load_model(path, into=None):
 PACKED_FORMAT = "tsld packed 1"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 3. GPT
 #
-# GPT-2 (Radford et al., 2019): learned positions, layer norm before each sublayer, biases everywhere, GELU in its tanh
-# approximation, output head tied to the token embedding. Parameter names and shapes are those of the published weights
-# (there c_attn, c_proj and c_fc are stored transposed).
+# GPT-2 (Radford et al., 2019): learned positions, layer norm before each sublayer, biases everywhere, GELU in
+# its tanh approximation, output head tied to the token embedding. Parameter names and shapes are those of the
+# published weights (there c_attn, c_proj and c_fc are stored transposed).
 
 
 @dataclass
@@ -392,13 +411,13 @@ class Trace(NamedTuple):
     """What layer-to-layer distillation and the figures look at besides the logits."""
 
     logits: torch.Tensor  # (B, T, V)
-    hidden_states: list  # n_layer + 1 of (B, T, C): after the embedding and after each block, before the final norm
+    hidden_states: list  # n_layer + 1 of (B, T, C): the embedding, then each block's output; before ln_f
     attention_scores: list  # n_layer of (B, H, T, T): q·k/√d, before mask and softmax
 
 
 class Attention(nn.Module):
-    """Causal multi-head self-attention: position n sees positions up to n, so the quantization errors of early tokens
-    reach every later one (slide "Approach: Logit KD for Cumulative Quantization Error")."""
+    """Causal multi-head self-attention: position n sees positions up to n, so the quantization errors of
+    early tokens reach every later one (slide "Approach: Logit KD for Cumulative Quantization Error")."""
 
     def __init__(self, config):
         super().__init__()
@@ -407,11 +426,14 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x, positions, cache=None, scores=None):
-        """x: (B, T, C) -> (B, T, C); positions: (T,).
-        cache: keys and values so far, each (B, H, S, C / H) with S ≥ T, which x's are written into at `positions`.
-        scores: a list that gets the (B, H, T, T) attention scores appended."""
+        """x: (B, T, C) -> (B, T, C); positions: (T,), where the tokens stand.
+
+        cache: the keys and the values so far, each (B, H, S, C / H); x's are written in at `positions`.
+        scores: a list that gets the (B, H, T, T) attention scores appended.
+        """
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, C / H)
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, C / H)
         dropout = self.dropout if self.training else 0.0
         if cache is not None:
             k, v = (old.index_copy_(2, positions, new) for old, new in zip(cache, (k, v)))  # (B, H, S, C / H)
@@ -422,11 +444,13 @@ class Attention(nn.Module):
             future = torch.arange(k.shape[2], device=x.device) > positions[:, None]  # (T, T or S)
             p = score.masked_fill(future, -math.inf).softmax(-1)
             y = F.dropout(p, dropout) @ v
-        elif x.device.type == "cpu":  # where the fused kernel's bfloat16 backward is slower than its float32 one
-            with torch.autocast("cpu", enabled=False):
-                y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True, dropout_p=dropout)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+            on_cpu = (
+                x.device.type == "cpu"
+            )  # the fused kernel's bfloat16 backward is slower than its float32 one
+            with torch.autocast("cpu", enabled=False) if on_cpu else nullcontext():
+                q, k, v = (t.float() if on_cpu else t for t in (q, k, v))
+                y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
         y = self.c_proj(y.to(x.dtype).transpose(1, 2).reshape(B, T, C))
         return F.dropout(y, dropout)
 
@@ -459,7 +483,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2. `model(ids)` gives logits, `model(ids, trace=True)` a Trace, `model.generate(ids, n)` n more tokens.
+    """GPT-2. `model(ids)` gives logits (B, T, V), `model(ids, trace=True)` a Trace.
 
     ids: int64 (B, T), T ≤ block_size, else ValueError.
     """
@@ -485,8 +509,10 @@ class GPT(nn.Module):
 
     def hidden(self, ids, positions=None, cache=None, hidden_states=None, scores=None):
         """ids (B, T) -> (B, T, C) after the final norm; logits are hidden @ head.T.
+
         positions: (T,), where the tokens stand; 0..T-1 if not given. cache: n_layer pairs, see Attention.
-        `hidden_states` and `scores`, lists, get what a Trace holds appended."""
+        hidden_states, scores: lists that get what a Trace holds appended.
+        """
         if ids.shape[1] > self.config.block_size:
             raise ValueError(f"{ids.shape[1]} tokens do not fit block_size {self.config.block_size}")
         if positions is None:
@@ -514,8 +540,8 @@ class GPT(nn.Module):
         return self.lm_head(self.hidden(ids, positions, cache)[:, -1:])[:, 0].float()
 
     def compile_generation(self):
-        """Compiles the step that adds one token: takes a minute, once, and makes generation several times faster. To be
-        called again after a change to the model's layers."""
+        """Compiles the step that adds one token, which takes a minute at the first one and makes generation
+        several times faster. To be called again after a change to the model's layers."""
         self.compiled_next_logits = torch.compile(self.next_logits, options=COMPILE_OPTIONS)
 
     @torch.no_grad()
@@ -526,9 +552,8 @@ class GPT(nn.Module):
         if T == 0:
             raise ValueError("the prompt is empty: generation starts from one token or more")
         if room > self.config.block_size:
-            raise ValueError(
-                f"a prompt of {T} tokens and {max_new_tokens} new ones do not fit block_size {self.config.block_size}"
-            )
+            together = f"a prompt of {T} tokens and {max_new_tokens} new ones"
+            raise ValueError(f"{together} do not fit block_size {self.config.block_size}")
         was_training = self.training
         self.eval()
         shape = (B, self.config.n_head, room, self.config.n_embd // self.config.n_head)
@@ -536,8 +561,8 @@ class GPT(nn.Module):
         positions = torch.arange(T, device=ids.device)
         try:
             for _ in range(max_new_tokens):
-                one = ids.shape[1] == 1 and self.compiled_next_logits is not None
-                logits = (self.compiled_next_logits if one else self.next_logits)(ids, positions, cache)  # (B, V)
+                compiled = self.compiled_next_logits if ids.shape[1] == 1 else None
+                logits = (compiled or self.next_logits)(ids, positions, cache)  # (B, V)
                 if temperature == 0:
                     ids = logits.argmax(-1, keepdim=True)  # (B, 1)
                 else:
@@ -551,18 +576,20 @@ class GPT(nn.Module):
             self.train(was_training)
 
     def generate(self, ids, max_new_tokens, temperature=1.0, top_k=None):
-        """Continues each row of ids, int64 (B, T), by sampling from softmax(logits / temperature), among the `top_k`
-        likeliest tokens where given; temperature 0 takes the likeliest. Keys and values of past tokens are cached.
-        Returns (B, T + max_new_tokens), the prompt in front; leaves the model in the mode it found.
-        ValueError: an empty prompt, or T + max_new_tokens > block_size."""
+        """Continues each row of ids, int64 (B, T), by sampling from softmax(logits / temperature), among the
+        `top_k` likeliest tokens where given; temperature 0 takes the likeliest.
+
+        Returns (B, T + max_new_tokens), the prompt in front. Leaves the model in the mode it found.
+        ValueError: an empty prompt, or T + max_new_tokens > block_size.
+        """
         return torch.cat([ids, *self.stream(ids, max_new_tokens, temperature, top_k)], dim=1)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 4. Losses
 #
-# Every loss here weighs the same three numbers per token, each (B, T), in nats. So they are computed once, and each
-# published loss is a line or two on top of them.
+# Every loss here weighs the same three numbers per token, each (B, T), in nats. So they are computed once,
+# and each published loss is a line or two on top of them.
 
 LOSSES = ("gt", "logit", "l2l", "logit_gt", "tsld")
 
@@ -577,8 +604,8 @@ class Terms(NamedTuple):
 
 
 def per_token_terms(student_logits, teacher_logits, targets):
-    """student_logits, teacher_logits: (B, T, V), any float dtype; targets: int64 (B, T). No gradient flows into the
-    teacher."""
+    """Terms from full logits, (B, T, V) of any float dtype; targets: int64 (B, T).
+    No gradient flows into the teacher."""
     log_p_student = F.log_softmax(student_logits.float(), dim=-1)  # (B, T, V)
     log_p_teacher = F.log_softmax(teacher_logits.detach().float(), dim=-1)
     true = targets[..., None]  # (B, T, 1)
@@ -589,7 +616,7 @@ def per_token_terms(student_logits, teacher_logits, targets):
 
 
 def layer_to_layer_loss(student_trace, teacher_trace):
-    """L2L, the layer-to-layer distillation made for encoders (slide "QAT-KD Methods for Encoder and Decoder QAT"):
+    """L2L, the distillation made for encoders (slide "QAT-KD Methods for Encoder and Decoder QAT"):
 
         Σ_layers MSE(hidden states) + Σ_layers MSE(attention scores at and before each position)
 
@@ -606,12 +633,12 @@ def layer_to_layer_loss(student_trace, teacher_trace):
 
 
 def token_scale(ce_teacher, temperature=10.0):
-    """softmax_n(ce_teacher / τ): how much each token of a sequence counts. The surer the teacher is of the true token,
-    the less: on such tokens distillation and ground truth teach the same thing, and the student overfits.
+    """softmax_n(ce_teacher / τ): how much each token of a sequence counts. The surer the teacher is of the
+    true token, the less: there distillation and ground truth teach the same thing, and the student overfits.
 
     The softmax runs over the N tokens of one sequence, not over the vocabulary and not over the batch.
-    ce_teacher: (B, T) in nats -> (B, T), rows sum to 1; a constant to the gradient. temperature math.inf gives 1/N.
-    ValueError: temperature not above 0.
+    ce_teacher: (B, T) in nats -> (B, T), rows sum to 1, a constant to the gradient.
+    temperature: math.inf gives 1/N everywhere. ValueError: not above 0.
     """
     if not temperature > 0:
         raise ValueError(f"the token scale's temperature must be above 0, not {temperature}")
@@ -619,10 +646,10 @@ def token_scale(ce_teacher, temperature=10.0):
 
 
 def tsld_loss(terms, temperature=10.0, gt_weight=0.0):
-    """Σ_n token_scale_n · kd_n, averaged over the B sequences (+ gt_weight · mean ce_student). A float32 scalar.
+    """Mean over the B sequences of Σ_n token_scale_n · kd_n (+ gt_weight · mean ce_student), a scalar.
 
-    The authors' program sums over the batch where this takes the mean, and adds the ground-truth loss; the printed
-    formula does neither.
+    The authors' program sums over the batch where this takes the mean, and adds the ground-truth loss; the
+    printed formula does neither.
     """
     w = token_scale(terms.ce_teacher, temperature)  # (B, T)
     loss = (w * terms.kd).sum(1).mean()
@@ -630,8 +657,8 @@ def tsld_loss(terms, temperature=10.0, gt_weight=0.0):
 
 
 def distillation_loss(name, terms, temperature=10.0, gt_weight=0.0):
-    """One of LOSSES as a float32 scalar: the rows of the paper's table 1. Only "tsld" looks at temperature and
-    gt_weight. ValueError: an unknown name."""
+    """One of LOSSES as a float32 scalar: the rows of the paper's table 1. Only "tsld" looks at temperature
+    and gt_weight. ValueError: an unknown name."""
     if name == "gt":  # ground truth alone
         return terms.ce_student.mean()
     if name == "logit":
@@ -645,7 +672,7 @@ def distillation_loss(name, terms, temperature=10.0, gt_weight=0.0):
     raise ValueError(f"loss must be one of {', '.join(LOSSES)}, not {name!r}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 5. Training
 
 
@@ -726,18 +753,23 @@ def training_loss(student, teacher, ids, targets, config):
 
 
 def train(model, tokens, config, teacher=None, checkpoint=None, resume=False, on_step=None):
-    """Trains `model` in place, under any of LOSSES, on random pieces of `tokens`, int64 (n,), kept on the CPU.
+    """Trains `model` in place, under any of LOSSES, on random pieces of `tokens`, int64 (n,), on the CPU.
 
-    checkpoint: a path. The state is written there every CHECKPOINT_SECONDS and at the end; with `resume` training goes
-        on from what is there, to the same weights as if it had never stopped.
-    on_step(step, loss): called after each step, 1-based, with the loss in nats; returning True saves and stops.
-    Returns the seconds that training took, those before a resume included. Leaves both models in eval mode.
-    Raises TrainingDiverged before a NaN or infinite loss can reach the weights, TrainingStopped, and CheckpointError
-    where the checkpoint is damaged or of another run.
+    checkpoint: a path. The state is written there every CHECKPOINT_SECONDS and at the end; with `resume`
+        training goes on from what is there, to the same weights as if it had never stopped.
+    on_step(step, loss): called after each step, 1-based, with the loss in nats; True saves and stops.
+
+    Returns the seconds that training took, those before a resume included. Both models end in eval mode.
+    TrainingDiverged: a NaN or infinite loss, before it can reach the weights. TrainingStopped: on_step asked.
+    CheckpointError: the checkpoint is damaged or of another run.
     """
     device, block_size = next(model.parameters()).device, model.config.block_size
     optimizer = make_optimizer(model, config)
-    identity = {**asdict(config), "model": asdict(model.config), "text": hashlib.sha256(tokens.numpy()).hexdigest()}
+    identity = {
+        **asdict(config),
+        "model": asdict(model.config),
+        "text": hashlib.sha256(tokens.numpy()).hexdigest(),
+    }
     start, seconds = 0, 0.0
     if resume and checkpoint is not None and Path(checkpoint).exists():
         start, seconds = _load_state(checkpoint, identity, model, optimizer)
@@ -776,9 +808,9 @@ def train(model, tokens, config, teacher=None, checkpoint=None, resume=False, on
 def evaluate(model, tokens, block_size):
     """Mean cross-entropy in nats per predicted token; its exponential is the perplexity.
 
-    The text is cut into blocks that do not overlap, the last one shorter, so each token but the first is predicted
-    exactly once. tokens: int64 (n,), n ≥ 2, else ValueError. model: anything that gives logits (B, T, V) for ids
-    (B, T), or an object with .logits.
+    The text is cut into blocks that do not overlap, the last one shorter, so each token but the first is
+    predicted exactly once. tokens: int64 (n,), n ≥ 2, else ValueError.
+    model: anything that gives logits (B, T, V) for ids (B, T), or an object with .logits.
     """
     if len(tokens) < 2:
         raise ValueError(f"evaluation needs at least 2 tokens, not {len(tokens)}")
@@ -788,7 +820,8 @@ def evaluate(model, tokens, block_size):
     inputs, targets = tokens[:-1], tokens[1:]
     whole = len(inputs) // block_size * block_size  # tokens in whole blocks
     rows = max(1, 2048 // block_size)  # sequences at a time: bounds the logits' memory
-    batches = list(zip(inputs[:whole].view(-1, block_size).split(rows), targets[:whole].view(-1, block_size).split(rows)))
+    blocks = [part[:whole].view(-1, block_size).split(rows) for part in (inputs, targets)]
+    batches = list(zip(*blocks))
     if whole < len(inputs):
         batches.append((inputs[None, whole:], targets[None, whole:]))
     total = 0.0
@@ -804,7 +837,7 @@ CHECKPOINT_SECONDS = 120  # between two checkpoints: what a power cut may cost
 
 
 def write_file(path, content):
-    """torch.save, then the SHA-256 of all of it; under a temporary name, then renamed: whole or not at all."""
+    """torch.save, then the SHA-256 of all of it; under a temporary name, then renamed."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "w+b") as file:
@@ -825,7 +858,7 @@ def read_file(path):
         try:
             return torch.load(file, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError:
-            raise CheckpointError(f"{path} holds more than tensors and plain values, and is not loaded") from None
+            raise CheckpointError(f"{path} holds more than plain values, and is not loaded") from None
 
 
 def _digest(file, size):
@@ -848,7 +881,7 @@ def _load_state(path, identity, model, optimizer):
     there = state.get("identity", {})
     for key, here in identity.items():
         if there.get(key) != here:
-            raise CheckpointError(f"{path} is of another run: {key} is {there.get(key)} there and {here} here")
+            raise CheckpointError(f"{path} is of another run: {key} is {there.get(key)} there, {here} here")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     return state["step"], state["seconds"]
