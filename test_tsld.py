@@ -755,6 +755,77 @@ def test_gradient_of_tsld_is_scale_times_difference_of_distributions(temperature
     assert teacher.grad is None
 
 
+LEAN_SHAPES = [(3, 5, 4, 7), (1, 1, 2, 2), (2, 8, 3, 11)]  # B, T, C, V
+
+
+def lean_example(B, T, C, V, tied, seed=0):
+    """hidden and head of a student, of a teacher, and targets; `tied`: the student's hidden depends on its head."""
+    head = randn(V, C, seed=seed).requires_grad_()
+    inner = randn(B, T, C, seed=seed + 1).requires_grad_()
+    targets = torch.from_numpy(np.random.default_rng(seed).integers(V, size=(B, T)))
+    hidden = inner + head[targets.flip(0)] if tied else inner * 1
+    teacher = randn(B, T, C, seed=seed + 2).requires_grad_(), randn(V, C, seed=seed + 3).requires_grad_()
+    return (hidden, head), teacher, targets, inner
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("rows", [1, 2, 5, 7, 10, 1000])
+@pytest.mark.parametrize("name", tsld.LOSSES)
+def test_lean_terms_and_gradients_are_those_of_full_logits(name, rows, tied, named, monkeypatch):
+    for shape in LEAN_SHAPES:
+        monkeypatch.setattr(tsld, "SCRATCH_BYTES", 4 * shape[-1] * rows)
+        gradients, losses = [], []
+        for lean in (True, False):
+            student, teacher, targets, inner = lean_example(*shape, tied)
+            if lean:
+                setting = {"loss": name, "temperature": 2.0, "gt_weight": 0.3} if named else {}
+                terms = tsld.lean_per_token_terms(*student, *teacher, targets, **setting)
+            else:
+                terms = tsld.per_token_terms(student[0] @ student[1].T, teacher[0] @ teacher[1].T, targets)
+                oracle = terms64(student[0] @ student[1].T, teacher[0] @ teacher[1].T, targets)
+                np.testing.assert_allclose(torch.stack(lean_terms).detach(), oracle, rtol=1e-5, atol=1e-5)
+            lean_terms = terms[:3]
+            assert all(term.dtype == torch.float32 and term.shape == targets.shape for term in terms[:3])
+            loss = 3 * tsld.distillation_loss(name, terms, 2.0, 0.3)
+            loss.backward()
+            losses.append(loss.item())
+            gradients.append((inner.grad, student[1].grad))
+            assert all(t.grad is None for t in teacher)
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+        for got, expected in zip(*gradients):
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_lean_terms_never_hold_all_logits(monkeypatch):
+    sizes, original = [], tsld._log_probabilities
+
+    def watched(hidden, head):
+        sizes.append(len(hidden) * len(head))
+        return original(hidden, head)
+
+    monkeypatch.setattr(tsld, "_log_probabilities", watched)
+    monkeypatch.setattr(tsld, "SCRATCH_BYTES", 4 * 11 * 6)  # six rows of 11
+    for named in ({"loss": "tsld"}, {}):
+        student, teacher, targets, _ = lean_example(2, 8, 3, 11, tied=True)
+        tsld.tsld_loss(tsld.lean_per_token_terms(*student, *teacher, targets, **named)).backward()
+    assert max(sizes) == 6 * 11
+
+
+def test_lean_terms_multiply_in_bfloat16_under_autocast_and_add_up_in_float32():
+    (hidden, head), teacher, targets, inner = lean_example(4, 16, 32, 50, tied=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        terms = tsld.lean_per_token_terms(hidden, head, *teacher, targets, loss="tsld")
+    assert all(term.dtype == torch.float32 for term in terms[:3])
+    tsld.tsld_loss(terms).backward()
+    assert inner.grad.dtype == head.grad.dtype == torch.float32
+    rounded = [x.detach().bfloat16().float() for x in (hidden, head, *teacher)]
+    logits = [(a @ b.T).bfloat16() for a, b in (rounded[:2], rounded[2:])]
+    np.testing.assert_allclose(
+        torch.stack(terms[:3]).detach(), terms64(*logits, targets), rtol=2e-2, atol=2e-2
+    )
+
+
 def traces(requires_grad=False):
     def one(seed):
         states = [randn(2, 4, 6, seed=seed + i).requires_grad_(requires_grad) for i in range(3)]
@@ -917,6 +988,31 @@ def test_stopped_and_resumed_training_ends_with_the_very_same_weights(tmp_path):
         assert all(torch.equal(uninterrupted[name], resumed[name]) for name in uninterrupted)
     fresh = train_brief(path, resume=False, seed=5)
     assert not torch.equal(fresh["wte.weight"], uninterrupted["wte.weight"])
+
+
+def test_the_checkpoint_before_is_kept_and_used_when_the_newest_is_gone(tmp_path, monkeypatch):
+    monkeypatch.setattr(tsld, "CHECKPOINT_SECONDS", 0)
+    path, uninterrupted = tmp_path / "state.pt", train_brief()
+    with pytest.raises(tsld.TrainingStopped):
+        train_brief(path, stop_at=4)
+    assert sorted(os.listdir(tmp_path)) == ["state.previous.pt", "state.pt"]
+    assert tsld.read_file(tmp_path / "state.previous.pt")["step"] == 3 and tsld.read_file(path)["step"] == 4
+    path.unlink()
+    resumed = train_brief(path, resume=True)
+    assert all(torch.equal(uninterrupted[name], resumed[name]) for name in uninterrupted)
+
+
+@pytest.mark.parametrize("name", tsld.LOSSES)
+def test_a_batch_in_parts_gives_the_same_training(name):
+    whole, losses, parts, losses_in_parts = micro_gpt(1), [], micro_gpt(1), []
+    config = replace(BRIEF, loss=name, batch_size=6)
+    tsld.train(whole, TEXT, config, micro_gpt(2), on_step=lambda step, loss: losses.append(loss))
+    config = replace(config, accumulate=3)
+    tsld.train(parts, TEXT, config, micro_gpt(2), on_step=lambda step, loss: losses_in_parts.append(loss))
+    np.testing.assert_allclose(losses_in_parts, losses, rtol=1e-5)
+    torch.testing.assert_close(parts.wte.weight, whole.wte.weight, rtol=1e-3, atol=1e-4)
+    with pytest.raises(ValueError, match="6 sequences cannot be shared out to 1 processes times 4 parts"):
+        tsld.train(parts, TEXT, replace(config, accumulate=4), micro_gpt(2))
 
 
 @pytest.mark.parametrize(
@@ -1289,7 +1385,7 @@ def test_a_prompt_too_long_or_a_file_that_is_no_packed_model_is_refused(tiny, ca
     Path(packed).write_bytes(content)
     assert refused(["--generate", packed], capsys, "altered") == ""
     tsld.save_model(packed, tsld.pack_model(quantized_gpt()))
-    refused(["--generate", packed], capsys, "no tokenizer here has its 17 tokens")
+    refused(["--generate", packed], capsys, "no tokenizer has its 17 tokens")
 
 
 def test_ratios_are_against_the_row_named_first(capsys):
@@ -1304,14 +1400,20 @@ def student_weights(folder):
     return tsld.read_file(folder / "student-tsld.pt")["model"]
 
 
-KILLED = """ import os, signal, sys import torch, train_small, tsld from dataclasses import replace
-torch.set_num_threads(1) preset = train_small.PRESETS["tiny"] gpt = tsld.GPTConfig(block_size=16,
-vocab_size=2048, n_layer=1, n_head=2, n_embd=8) teacher, student = replace(preset.teacher, steps=4,
-batch_size=4), replace(preset.student, steps=6, batch_size=4) train_small.PRESETS["tiny"] = replace(preset,
-gpt=gpt, teacher=teacher, student=student, student_tokens=300) tsld.CHECKPOINT_SECONDS = 0 write =
-tsld.write_file def write_and_die(path, content):
+KILLED = """
+import os, signal, sys
+import torch, train_small, tsld
+from dataclasses import replace
+torch.set_num_threads(1)
+preset = train_small.PRESETS["tiny"]
+gpt = tsld.GPTConfig(block_size=16, vocab_size=2048, n_layer=1, n_head=2, n_embd=8)
+teacher, student = replace(preset.teacher, steps=4, batch_size=4), replace(preset.student, steps=6, batch_size=4)
+train_small.PRESETS["tiny"] = replace(preset, gpt=gpt, teacher=teacher, student=student, student_tokens=300)
+tsld.CHECKPOINT_SECONDS = 0
+write = tsld.write_file
+def write_and_die(path, content):
     write(path, content)
-    if "student" in str(path) and content["step"] == 3:
+    if "student" in str(path) and content["step"] == 3:  # the new file is there, not yet under its name
         os.kill(os.getpid(), signal.SIGKILL)
 tsld.write_file = write_and_die
 train_small.main(sys.argv[1:])
@@ -1321,12 +1423,47 @@ train_small.main(sys.argv[1:])
 def test_a_killed_run_resumed_ends_with_the_very_same_weights(tiny, capsys, tmp_path):
     killed = subprocess.run([sys.executable, "-c", KILLED, *tiny], cwd=HERE, capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
-    assert tsld.read_file(tmp_path / "out" / "student-tsld.pt")["step"] == 3
+    assert tsld.read_file(tmp_path / "out" / "student-tsld.pt")["step"] == 2
     run(["--resume", *tiny], capsys)
     resumed = student_weights(tmp_path / "out")
     run([*tiny[:2], "--out", str(tmp_path / "uninterrupted"), "--device", "cpu"], capsys)
     uninterrupted = student_weights(tmp_path / "uninterrupted")
     assert all(torch.equal(uninterrupted[name], resumed[name]) for name in uninterrupted)
+
+
+TOGETHER = """
+import json, sys
+import torch, train_small, tsld
+from dataclasses import replace
+torch.set_num_threads(1)
+preset = train_small.PRESETS["tiny"]
+gpt = tsld.GPTConfig(block_size=16, vocab_size=2048, n_layer=1, n_head=2, n_embd=8)
+teacher, student = replace(preset.teacher, steps=4, batch_size=4), replace(preset.student, steps=6, batch_size=4)
+train_small.PRESETS["tiny"] = replace(preset, gpt=gpt, teacher=teacher, student=student, student_tokens=300)
+sys.exit(train_small.main(sys.argv[1:]))
+"""
+
+
+def test_two_processes_train_and_score_as_one(tiny, capsys, tmp_path):
+    (tmp_path / "together.py").write_text(TOGETHER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    flags = ["--loss", "all", "--dtype", "float32", *tiny]
+    environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+    together = subprocess.run(
+        [*command, tmp_path / "together.py", *flags], capture_output=True, env=environment
+    )
+    assert together.returncode == 0, together.stderr.decode()
+    assert together.stdout.decode().count("corpus: ") == 1  # the first process alone prints
+    run([*flags[:-3], str(tmp_path / "alone"), "--device", "cpu"], capsys)
+    rows = [json.loads((tmp_path / folder / "results.json").read_text()) for folder in ("out", "alone")]
+    for two, one in zip(*rows, strict=True):
+        for name in SCORES:
+            assert two[name] == pytest.approx(one[name], rel=1e-4)
+    for loss in tsld.LOSSES:
+        weights = [
+            tsld.read_file(tmp_path / folder / f"student-{loss}.pt")["model"] for folder in ("out", "alone")
+        ]
+        torch.testing.assert_close(weights[0]["wte.weight"], weights[1]["wte.weight"], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -1430,6 +1567,9 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(tiny, capsys, tmp_path):
             assert path.read_bytes() == damaged
         path.write_bytes(content)
     refused(["--resume", "--lr", "0.5", *tiny], capsys, "another run: lr is 0.001 there, 0.5 here")
+    refused(["--resume", "--bits", "4", *tiny], capsys, "another run: quantizers is")
+    refused(["--resume", "--granularity", "channel", *tiny], capsys, "another run: quantizers is")
+    refused(["--resume", "--teacher-steps", "2", *tiny], capsys, "another run: teacher is")
     run(["--resume", *tiny], capsys)
 
 
@@ -1444,6 +1584,17 @@ def test_a_folder_that_cannot_be_written_is_refused_before_training(tiny, capsys
     assert refused([*tiny, "--out", str(tmp_path / "file" / "out")], capsys, "cannot be written") == ""
 
 
+def test_a_full_disk_is_found_before_training(tiny, capsys, monkeypatch):
+    usage = collections.namedtuple("usage", "free")(1000)
+    monkeypatch.setattr(train_small.shutil, "disk_usage", lambda path: usage)
+    assert "teacher:" not in refused(tiny, capsys, "GB free: name a folder on another disk")
+
+
+def test_a_batch_that_cannot_be_shared_out_is_refused(tiny, capsys):
+    refused(["--accumulate", "3", *tiny], capsys, "a batch of 4 sequences cannot be shared out")
+    run(["--accumulate", "2", *tiny], capsys)
+
+
 def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_the_last_good_checkpoint(
     tiny, capsys, tmp_path, monkeypatch
 ):
@@ -1456,7 +1607,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_the_last_good_checkpo
 
     monkeypatch.setattr(tsld, "training_loss", fails_later)
     assert train_small.main(tiny) == 1
-    assert "the loss became inf at step 3" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert "the loss became inf at step 3, learning rate" in printed
+    assert f"the last checkpoint is {tmp_path / 'out' / 'student-tsld.pt'}" in printed
     assert tsld.read_file(tmp_path / "out" / "student-tsld.pt")["step"] == 2
 
 

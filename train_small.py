@@ -16,6 +16,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -23,12 +24,13 @@ import sys
 import tempfile
 import time
 import urllib.request
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import tiktoken
 import torch
+from torch import distributed as dist
 from torch.nn import functional as F
 
 import tsld
@@ -233,9 +235,7 @@ class Preset:
     student: TrainConfig
     teacher_epochs: float = math.inf
     student_epochs: float = math.inf
-    student_tokens: int | None = (
-        None  # the student is distilled on this much of the training text; None: all of it
-    )
+    student_tokens: int | None = None  # the student is distilled on the first so many; None: on all
 
 
 # The schedule of the paper's GPT-2 runs.
@@ -287,8 +287,7 @@ def show_progress(text, last=False, _shown=[0.0]):
 
 @contextmanager
 def stop_on_signal():
-    """Within: the first Ctrl-C or SIGTERM is noted in the list that this yields, the second ends the
-    program."""
+    """Within, the first Ctrl-C or SIGTERM is noted in the list that this yields; the second one acts."""
     received = []
 
     def note(number, frame):
@@ -313,10 +312,8 @@ def train_with_progress(label, model, tokens, config, checkpoint, teacher=None, 
         began or began.extend((now, step))
         rate = (step - began[1]) / max(now - began[0], 1e-9)  # steps per second
         left = f"{time_left((config.steps - step) / rate)} left" if rate else "timing"
-        text = (
-            f"{label}: step {step}/{config.steps}, loss {loss:.3f}, {rate * per_step:,.0f} tokens/s, {left}"
-        )
-        show_progress(text, last=step == config.steps)
+        speed = f"{rate * per_step:,.0f} tokens/s, {left}"
+        show_progress(f"{label}: step {step}/{config.steps}, loss {loss:.3f}, {speed}", step == config.steps)
         return bool(received)
 
     with stop_on_signal() as received:
@@ -341,13 +338,9 @@ def score(model, tokens, tokenizer, block_size):
     return {"ppl": math.exp(nats), "bpb": nats * len(predicted) / math.log(2) / size}
 
 
-def parameter_bytes(model):
-    return sum(4 * p.numel() for p in model.parameters())
-
-
 @dataclass
 class Setup:
-    """What every part of one command needs to know."""
+    """What the parts of one command share."""
 
     args: argparse.Namespace
     device: torch.device
@@ -360,41 +353,43 @@ class Setup:
     student: TrainConfig
 
     def score(self, model):
-        return {
-            part: score(model, self.tokens[part], self.tokenizer, self.gpt.block_size)
-            for part in ("valid", "test")
-        }
+        tokens, block_size = self.tokens, self.gpt.block_size
+        return {part: score(model, tokens[part], self.tokenizer, block_size) for part in ("valid", "test")}
 
 
 def set_up(args):
     device = choose_device(args.device)
     out = check_folder(args.out)
-    corpus = load_corpus(args.data)
-    print(f"corpus: {corpus.description}", flush=True)
-    model, tokenizer = choose_model(args.model, device)
+    with first_process_first():  # it downloads, the others find
+        corpus = load_corpus(args.data)
+        print(f"corpus: {corpus.description}", flush=True)
+        model, tokenizer = choose_model(args.model, device)
     preset = PRESETS[model]
+    check_space(out, preset.gpt, 1 + (len(LOSSES) if args.loss == "all" else 1))
     tokens = {part: torch.tensor(tokenizer.encode_ordinary(corpus.texts[part])) for part in PARTS}
     tokens["student"] = tokens["train"][: args.student_tokens or preset.student_tokens]
     block_size = preset.gpt.block_size
     for part, least in (("train", block_size + 1), ("student", block_size + 1), ("valid", 2), ("test", 2)):
         if len(tokens[part]) < least:
-            raise UserError(
-                f"the {part} text is too short: {len(tokens[part])} tokens, and it takes {least} or more"
-            )
+            length = f"{len(tokens[part])} tokens, and it takes {least} or more"
+            raise UserError(f"the {part} text is too short: {length}")
 
-    given = {"batch_size": args.batch_size, "lr": args.lr}
+    given = {"batch_size": args.batch_size, "lr": args.lr, "accumulate": args.accumulate}
     student = replace(preset.student, **{name: value for name, value in given.items() if value is not None})
     student = replace(student, temperature=args.tsld_temperature, gt_weight=args.gt_weight)
     full = limit(student.steps, preset.student_epochs, student, block_size, tokens["student"])
     steps = args.steps or full
-    teacher_steps = limit(
-        preset.teacher.steps, preset.teacher_epochs, preset.teacher, block_size, tokens["train"]
-    )
+    teacher = replace(preset.teacher)
+    teacher.steps = limit(teacher.steps, preset.teacher_epochs, teacher, block_size, tokens["train"])
     # A run shortened to try things out shortens the teacher as well.
-    teacher_steps = args.teacher_steps or math.ceil(teacher_steps * min(1, steps / full))
-    common = {"dtype": args.dtype or default_dtype(device), "seed": args.seed}
-    student = replace(student, steps=steps, **common)
-    teacher = replace(preset.teacher, steps=teacher_steps, **common)
+    teacher.steps = args.teacher_steps or math.ceil(teacher.steps * min(1, steps / full))
+    student.steps = steps
+    shares = tsld.processes()[1]
+    for config in (teacher, student):
+        if config.batch_size % (shares * config.accumulate):
+            parts = f"{shares} processes times {config.accumulate} parts (--accumulate)"
+            raise UserError(f"a batch of {config.batch_size} sequences cannot be shared out to {parts}")
+        config.dtype, config.seed = args.dtype or default_dtype(device), args.seed
     return Setup(args, device, corpus.name, model, tokenizer, tokens, preset.gpt, teacher, student)
 
 
@@ -403,19 +398,22 @@ def train_teacher(setup):
     was killed while training it goes on where it was."""
     torch.manual_seed(setup.args.seed)
     teacher = GPT(setup.gpt).to(setup.device)
-    text = hashlib.sha256(setup.tokens["train"].numpy().tobytes()).hexdigest()
+    text = hashlib.sha256(setup.tokens["train"].numpy()).hexdigest()
     made_of = json.dumps([asdict(setup.gpt), asdict(setup.teacher), text])
-    path = (
-        Path(setup.args.out) / f"teacher-{setup.model}-{hashlib.sha256(made_of.encode()).hexdigest()[:8]}.pt"
-    )
-    print(
-        f"teacher: {setup.teacher.steps} steps, kept in {path}{', found there' if path.exists() else ''}",
-        flush=True,
-    )
+    key = hashlib.sha256(made_of.encode()).hexdigest()[:8]
+    path = Path(setup.args.out) / f"teacher-{setup.model}-{key}.pt"
+    found = ", found there" if path.exists() else ""
+    print(f"teacher: {setup.teacher.steps} steps, kept in {path}{found}", flush=True)
     if setup.args.compile:
-        teacher.compile()
+        compile_blocks(teacher)
     train_with_progress("teacher", teacher, setup.tokens["train"], setup.teacher, path, resume=True)
     return teacher
+
+
+def compile_blocks(model):
+    """One block after the other: they are alike, so the first one's compilation serves all."""
+    for block in model.h:
+        block.compile()
 
 
 def quantized_copy(model, args):
@@ -426,7 +424,7 @@ def train_student(setup, loss, teacher):
     """The student starts as the quantized teacher. Returns it and the seconds that its training took."""
     student = quantized_copy(teacher, setup.args)
     if setup.args.compile:
-        student.compile()
+        compile_blocks(student)
     path = Path(setup.args.out) / f"student-{loss}.pt"
     config = replace(setup.student, loss=loss)
     print(f"student, {loss}: {config.steps} steps, kept in {path}", flush=True)
@@ -443,10 +441,8 @@ def run(args):
     fp32 = sum(4 * p.numel() for p in teacher.parameters())
     linear_fp32 = sum(4 * m.weight.numel() for m in ptq.modules() if isinstance(m, tsld.QuantLinear))
     packed, linear_packed = pack(ptq, out / "rounded.packed")
-    table = [
-        ("teacher", scores["teacher"], fp32),
-        (f"teacher, {args.bits} bit", scores["ptq"], packed or fp32),
-    ]
+    table = [("teacher", scores["teacher"], fp32)]
+    table.append((f"teacher in {args.bits} bits, untrained", scores["ptq"], packed or fp32))
     results = []
     for loss in LOSSES if args.loss == "all" else (args.loss,):
         student, seconds = train_student(setup, loss, teacher)
@@ -456,10 +452,8 @@ def run(args):
         row = {"loss": loss, "bits": args.bits, "granularity": args.granularity, "seed": args.seed}
         row |= {"model": setup.model, "data": setup.corpus, "tokenizer": setup.tokenizer.name}
         for part, prefix in (("valid", ""), ("test", "test_")):
-            for unit in ("ppl", "bpb"):
-                row |= {
-                    f"{prefix}{who}_{unit}": scores[who][part][unit] for who in ("teacher", "ptq", "student")
-                }
+            for who in ("teacher", "ptq", "student"):
+                row |= {f"{prefix}{who}_{unit}": value for unit, value in scores[who][part].items()}
         row |= {"bytes_fp32": fp32, "bytes_packed": packed}
         row |= {"linear_bytes_fp32": linear_fp32, "linear_bytes_packed": linear_packed}
         trained = setup.student.steps * setup.student.batch_size * setup.gpt.block_size
@@ -470,9 +464,8 @@ def run(args):
     print_sample(setup, student, loss)
     print(f"\nresults: {out / 'results.json'}")
     if packed:
-        print(
-            f"more text: python train_small.py --generate {out / f'student-{loss}.packed'} --prompt 'the company said'"
-        )
+        path = out / f"student-{loss}.packed"
+        print(f"more text: python train_small.py --generate {path} --prompt 'the company said'")
 
 
 def pack(model, path):
@@ -480,21 +473,23 @@ def pack(model, path):
     it, in bytes; None and None for a 4-bit model, which has no packed form here."""
     if any(isinstance(m, tsld.QuantLinear) and m.bits != 2 for m in model.modules()):
         return None, None
-    tsld.save_model(path, tsld.pack_model(model))
-    return path.stat().st_size, sum(
-        m.packed.numel() for m in model.modules() if isinstance(m, tsld.PackedLinear)
-    )
+    tsld.pack_model(model)
+    with first_process_first():
+        if tsld.processes()[0] == 0:
+            tsld.save_model(path, model)
+    weights = sum(m.packed.numel() for m in model.modules() if isinstance(m, tsld.PackedLinear))
+    return path.stat().st_size, weights
 
 
 def print_table(rows):
     """rows: (name, scores, bytes)."""
-    print(f"\n{'':24}{'validation':>21}{'test':>21}{'size':>14}")
-    print(f"{'':24}{'perplexity bits/byte':>21}{'perplexity bits/byte':>21}{'bytes':>14}")
+    print(f"\n{'':30}{'validation':>21}{'test':>22}{'size':>13}")
+    print(f"{'':30}{'perplexity bits/byte':>21}{'perplexity bits/byte':>22}{'bytes':>13}")
     for name, scores, size in rows:
-        values = "".join(
+        valid, test = (
             f"{scores[part]['ppl']:11.2f}{scores[part]['bpb']:10.4f}" for part in ("valid", "test")
         )
-        print(f"{name:24}{values}{size:14,}")
+        print(f"{name:30}{valid} {test}{size:13,}")
 
 
 def print_sample(setup, student, loss, prompt_length=16, length=64):
@@ -518,9 +513,7 @@ def generate(args):
         raise UserError(f"--generate {args.generate}: {error.strerror}")
     names = {preset.gpt.vocab_size: preset.tokenizer for preset in PRESETS.values()}
     if model.config.vocab_size not in names:
-        raise UserError(
-            f"--generate {args.generate}: no tokenizer here has its {model.config.vocab_size} tokens"
-        )
+        raise UserError(f"--generate {args.generate}: no tokenizer has its {model.config.vocab_size} tokens")
     tokenizer = load_tokenizer(names[model.config.vocab_size])
     device = choose_device(args.device)
     prompt = tokenizer.encode_ordinary(args.prompt)
@@ -540,6 +533,8 @@ def generate(args):
 
 
 def write_text(path, text):
+    if tsld.processes()[0] > 0:
+        return
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
     os.replace(temporary, path)
@@ -682,7 +677,7 @@ def bench(args):
     )
     bandwidth = bench_bandwidth(device)
     print(
-        f"{name}, torch {torch.__version__}; memory is read at {bandwidth / 1e9:.1f} GB/s. Any other load spoils this."
+        f"{name}, torch {torch.__version__}, memory read at {bandwidth / 1e9:.1f} GB/s; run it on an idle machine"
     )
     with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
         bench_matvec(device, bandwidth)
@@ -701,7 +696,9 @@ def bench(args):
 
 def choose_device(name):
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device(
+            "cuda" if torch.cuda.is_available() else "cpu"
+        )  # under torchrun, this process's own
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
@@ -740,11 +737,49 @@ def check_folder(path):
     try:
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
-        write_text(path / "results.json.test", "")
-        (path / "results.json.test").unlink()
-        return path
+        with tempfile.TemporaryFile(dir=path):
+            return path
     except OSError as error:
         raise UserError(f"--out {path} cannot be written: {error.strerror}")
+
+
+def check_space(path, gpt, trainings):
+    """A checkpoint holds weights and two averages of their gradients; besides the newest, the one before is kept."""
+    with torch.device("meta"):
+        size = 3 * sum(4 * p.numel() for p in GPT(gpt).parameters())
+    needed, free = size * (2 * trainings + 1), shutil.disk_usage(path).free
+    if free < needed:
+        sizes = f"{needed / 1e9:.1f} GB for checkpoints and has {free / 1e9:.1f} GB free"
+        raise UserError(f"--out {path} needs {sizes}: name a folder on another disk")
+
+
+@contextmanager
+def first_process_first():
+    """Within: the first process alone, then all the others."""
+    rank, world = tsld.processes()
+    if world > 1 and rank > 0:
+        dist.barrier()
+    yield
+    if world > 1 and rank == 0:
+        dist.barrier()
+
+
+@contextmanager
+def process_group():
+    """Within: torchrun's processes, where there are any, train together, and the first one alone prints."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield
+        return
+    gpus = torch.cuda.is_available()
+    if gpus:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if gpus else "gloo")
+    try:
+        with open(os.devnull, "w") as nowhere:
+            with nullcontext() if dist.get_rank() == 0 else redirect_stdout(nowhere):
+                yield
+    finally:
+        dist.destroy_process_group()
 
 
 class Parser(argparse.ArgumentParser):
@@ -803,6 +838,7 @@ def parse(argv):
     )
     add("--teacher-steps", type=number(int), help="of the teacher's training")
     add("--batch-size", type=number(int), help="of the student's training, in sequences")
+    add("--accumulate", type=number(int), help="parts that a batch is taken in, to save memory (default 1)")
     add("--lr", type=number(float), help="peak learning rate of the student's training")
     add(
         "--seed",
@@ -816,7 +852,7 @@ def parse(argv):
         choices=("float32", "bfloat16"),
         help="of matrix products (default: bfloat16 where it is fast)",
     )
-    add("--compile", action="store_true", help="torch.compile the models")
+    add("--compile", action="store_true", help="torch.compile: a slow start, then faster steps")
     add("--out", default="out", help="folder for checkpoints and results (default out)")
     add("--resume", action="store_true", help="go on with a student's training that was interrupted")
     add("--generate", metavar="FILE", help="instead of training: write text with a packed model")
@@ -828,12 +864,8 @@ def parse(argv):
 def main(argv=None):
     try:
         args = parse(argv)
-        if args.bench:
-            bench(args)
-        elif args.generate:
-            generate(args)
-        else:
-            run(args)
+        with process_group():
+            (bench if args.bench else generate if args.generate else run)(args)
         return 0
     except (UserError, tsld.CheckpointError) as error:
         message, code = error, 2

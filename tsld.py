@@ -49,6 +49,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
@@ -615,6 +616,123 @@ def per_token_terms(student_logits, teacher_logits, targets):
     return Terms(ce_student, ce_teacher, kd)
 
 
+SCRATCH_BYTES = 2**27  # of lean_per_token_terms: what the logits of one model take at a time, in float32
+
+
+def lean_per_token_terms(
+    student_hidden,
+    student_head,
+    teacher_hidden,
+    teacher_head,
+    targets,
+    loss=None,
+    temperature=10.0,
+    gt_weight=0.0,
+):
+    """The Terms of per_token_terms from logits = hidden @ head.T, a few rows of them at a time: neither
+    model's (B, T, V) logits ever exist whole, forward or backward.
+
+    hidden: (B, T, C), after the final norm; head: (V, C); targets: int64 (B, T).
+    loss: the one of LOSSES that the terms will go into, with its temperature and gt_weight. Its gradient is
+        then taken while the logits are there, and the terms must not go into another. Without it they may,
+        and the backward pass computes the logits again.
+    No gradient flows into the teacher.
+    """
+    models = student_hidden, student_head, teacher_hidden.detach(), teacher_head.detach()
+    return Terms(*_LeanTerms.apply(*models, targets, loss, temperature, gt_weight))
+
+
+def _log_probabilities(hidden, head):
+    """(R, C), (V, C) -> float32 (R, V)."""
+    return F.log_softmax((hidden @ head.t()).float(), dim=-1)
+
+
+def _weights_of_terms(loss, ce_teacher, temperature, gt_weight):
+    """a and b, each (B, T), with which a loss is Σ_n a_n · kd_n + b_n · ce_student_n, L2L's layers apart."""
+    a, b = {"gt": (0, 1), "logit": (1, 0), "l2l": (1, 0), "logit_gt": (1, 1), "tsld": (1, gt_weight)}[loss]
+    mean = torch.full_like(ce_teacher, 1 / ce_teacher.numel())
+    scale = token_scale(ce_teacher, temperature) / len(ce_teacher) if loss == "tsld" else mean
+    return a * scale, b * mean
+
+
+def _add_gradients(grad_hidden, grad_head, hidden, head, log_p_student, p_teacher, y, a, b):
+    """The loss Σ_n a_n · kd_n + b_n · ce_student_n of R tokens has, with logits z = hidden @ head.T,
+
+        ∂L/∂z_ni = a_n (P^S_ni - P^T_ni) + b_n (P^S_ni - y_ni)
+        ∂L/∂hidden = ∂L/∂z @ head        ∂L/∂head = (∂L/∂z).T @ hidden
+
+    and these are added to grad_hidden (R, C) and grad_head (V, C). Overwrites the student's log-probabilities.
+    """
+    a, b = a[:, None], b[:, None]  # (R, 1)
+    grad_z = (
+        log_p_student.exp_().mul_(a + b).addcmul_(p_teacher, a, value=-1).scatter_add_(1, y, -b)
+    )  # (R, V)
+    grad_z = grad_z.to(head.dtype)
+    grad_hidden += grad_z @ head
+    if grad_head.dtype == head.dtype:
+        grad_head.addmm_(grad_z.t(), hidden)
+    else:
+        grad_head += grad_z.t() @ hidden
+
+
+class _LeanTerms(torch.autograd.Function):
+    """lean_per_token_terms. N = B T tokens; h (N, C), w (V, C): hidden and head of the student; H, W: of the
+    teacher."""
+
+    @staticmethod
+    def forward(ctx, hidden, head, teacher_hidden, teacher_head, targets, loss, temperature, gt_weight):
+        kind, (B, T) = hidden.device.type, targets.shape
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.dtype
+        h, w, H, W = (x.flatten(0, -2).to(dtype) for x in (hidden, head, teacher_hidden, teacher_head))
+        y = targets.reshape(-1, 1)  # (N, 1)
+        rows = max(1, SCRATCH_BYTES // (4 * len(w)))
+        rows -= (
+            rows % T if rows > T else 0
+        )  # whole sequences where they fit: a token scale takes all of its own
+        pieces = [slice(begin, begin + rows) for begin in range(0, B * T, rows)]
+        ce_student, ce_teacher, kd = torch.zeros(3, B * T, device=h.device)
+        early = loss is not None and any(ctx.needs_input_grad)  # gradients while the logits are there
+        gradients = [torch.zeros_like(x, dtype=torch.float32) for x in (h, w)] if early else None
+        with torch.autocast(kind, enabled=False):
+            if early and loss == "tsld" and rows < T:
+                for piece in pieces:
+                    ce_teacher[piece] = -_log_probabilities(H[piece], W).gather(1, y[piece])[:, 0]
+            for piece in pieces:
+                log_P = _log_probabilities(H[piece], W)  # (R, V)
+                ce_teacher[piece] = -log_P.gather(1, y[piece])[:, 0]
+                P = log_P.exp_()
+                log_p = _log_probabilities(h[piece], w)
+                ce_student[piece] = -log_p.gather(1, y[piece])[:, 0]
+                kd[piece] = -torch.einsum("ni,ni->n", P, log_p)
+                if early:
+                    weights = _weights_of_terms(loss, ce_teacher.view(B, T), temperature, gt_weight)
+                    a, b = (x.flatten()[piece] for x in weights)
+                    _add_gradients(gradients[0][piece], gradients[1], h[piece], w, log_p, P, y[piece], a, b)
+        ctx.loss, ctx.pieces, ctx.gradients = loss, pieces, gradients
+        ctx.kind, ctx.shape, ctx.dtypes = kind, hidden.shape, (hidden.dtype, head.dtype)
+        ctx.save_for_backward(*(() if early else (h, w, H, W, y)))
+        ctx.mark_non_differentiable(ce_teacher)
+        return tuple(x.view(B, T) for x in (ce_student, ce_teacher, kd))
+
+    @staticmethod
+    def backward(ctx, grad_ce_student, _, grad_kd):
+        if ctx.gradients is not None:
+            # They are the loss's own. What came back through it is g · a and g · b, and Σ a = 1 (Σ b in "gt").
+            g = (grad_ce_student if ctx.loss == "gt" else grad_kd).sum()
+            grad_hidden, grad_head = (x.mul_(g) for x in ctx.gradients)
+        else:
+            h, w, H, W, y = ctx.saved_tensors
+            grad_hidden, grad_head = (torch.zeros_like(x, dtype=torch.float32) for x in (h, w))
+            a, b = grad_kd.flatten(), grad_ce_student.flatten()
+            with torch.autocast(ctx.kind, enabled=False):
+                for piece in ctx.pieces:
+                    log_p, P = _log_probabilities(h[piece], w), _log_probabilities(H[piece], W).exp_()
+                    rows = y[piece], a[piece], b[piece]
+                    _add_gradients(grad_hidden[piece], grad_head, h[piece], w, log_p, P, *rows)
+        grad_hidden = grad_hidden.view(ctx.shape).to(ctx.dtypes[0])
+        return grad_hidden, grad_head.to(ctx.dtypes[1]), *[None] * 6
+
+
 def layer_to_layer_loss(student_trace, teacher_trace):
     """L2L, the distillation made for encoders (slide "QAT-KD Methods for Encoder and Decoder QAT"):
 
@@ -684,7 +802,8 @@ class TrainConfig:
     temperature: float = 10.0  # τ of the token scale
     gt_weight: float = 0.0  # weight of the ground-truth loss added to TSLD
     steps: int = 450  # optimizer steps
-    batch_size: int = 32  # sequences of block_size tokens per step
+    batch_size: int = 32  # sequences of block_size tokens per step, over all processes
+    accumulate: int = 1  # parts that each process takes its share of a batch in, one after the other
     lr: float = 1e-3  # peak learning rate, reached after the warm-up
     warmup: float = 0.05  # share of the steps over which the learning rate rises from 0
     final_lr: float = 0.1  # share of lr that the cosine ends on
@@ -736,68 +855,114 @@ def make_optimizer(model, config):
 
 
 def training_loss(student, teacher, ids, targets, config):
-    """One of LOSSES on one batch: both models forward, the terms, the loss."""
+    """One of LOSSES on one batch, ids and targets (B, T): both models forward, the terms, the loss."""
     if config.loss == "gt":
-        logits = student(ids)
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
-    trace = config.loss == "l2l"
-    with torch.no_grad():
-        teacher_out = teacher(ids, trace=True) if trace else teacher(ids)
-    student_out = student(ids, trace=True) if trace else student(ids)
-    if trace:
-        terms = per_token_terms(student_out.logits, teacher_out.logits, targets)
-        terms = terms._replace(layers=layer_to_layer_loss(student_out, teacher_out))
+        return F.cross_entropy(student(ids).float().flatten(0, 1), targets.flatten())
+    if config.loss == "l2l":  # needs what is between the layers, so it holds full logits too
+        with torch.no_grad():
+            teacher_trace = teacher(ids, trace=True)
+        student_trace = student(ids, trace=True)
+        terms = per_token_terms(student_trace.logits, teacher_trace.logits, targets)
+        terms = terms._replace(layers=layer_to_layer_loss(student_trace, teacher_trace))
     else:
-        terms = per_token_terms(student_out, teacher_out, targets)
+        with torch.no_grad():
+            teacher_hidden = teacher.hidden(ids)
+        heads = student.lm_head.weight, teacher.lm_head.weight
+        setting = config.loss, config.temperature, config.gt_weight
+        terms = lean_per_token_terms(
+            student.hidden(ids), heads[0], teacher_hidden, heads[1], targets, *setting
+        )
     return distillation_loss(config.loss, terms, config.temperature, config.gt_weight)
+
+
+class TrainingLoss(nn.Module):
+    """training_loss as a module of the student's parameters, for DistributedDataParallel to wrap."""
+
+    def __init__(self, student, teacher, config):
+        super().__init__()
+        self.student, self.config = student, config
+        self.frozen = [teacher]  # in a list, so that it is no submodule: it has nothing to synchronize
+
+    def forward(self, ids, targets):
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
+            return training_loss(self.student, self.frozen[0], ids, targets, self.config)
+
+
+def processes():
+    """This process's rank and the number of processes that train together: 0 and 1 outside of torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def sum_over_processes(*values):
+    """Each number summed over the processes, on all of them."""
+    if not dist.is_initialized():
+        return values
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
 
 
 def train(model, tokens, config, teacher=None, checkpoint=None, resume=False, on_step=None):
     """Trains `model` in place, under any of LOSSES, on random pieces of `tokens`, int64 (n,), on the CPU.
 
-    checkpoint: a path. The state is written there every CHECKPOINT_SECONDS and at the end; with `resume`
-        training goes on from what is there, to the same weights as if it had never stopped.
+    checkpoint: a path. The state is written there every CHECKPOINT_SECONDS and at the end, the one before is
+        kept beside it; with `resume` training goes on from there, to the weights it would have had anyway.
     on_step(step, loss): called after each step, 1-based, with the loss in nats; True saves and stops.
 
+    Where torch.distributed is initialized, each process takes its share of every batch.
     Returns the seconds that training took, those before a resume included. Both models end in eval mode.
     TrainingDiverged: a NaN or infinite loss, before it can reach the weights. TrainingStopped: on_step asked.
-    CheckpointError: the checkpoint is damaged or of another run.
+    CheckpointError: the checkpoint is damaged or of another run. ValueError: the batch cannot be shared out.
     """
     device, block_size = next(model.parameters()).device, model.config.block_size
+    rank, world = processes()
+    if config.batch_size % (world * config.accumulate):
+        shares = f"{world} processes times {config.accumulate} parts"
+        raise ValueError(f"a batch of {config.batch_size} sequences cannot be shared out to {shares}")
     optimizer = make_optimizer(model, config)
-    identity = {
-        **asdict(config),
-        "model": asdict(model.config),
-        "text": hashlib.sha256(tokens.numpy()).hexdigest(),
-    }
+    identity = _identity(model, tokens, config, teacher)
     start, seconds = 0, 0.0
-    if resume and checkpoint is not None and Path(checkpoint).exists():
+    if resume and checkpoint is not None:
         start, seconds = _load_state(checkpoint, identity, model, optimizer)
     if teacher is not None:
         teacher.eval()
     model.train()
+    objective = TrainingLoss(model, teacher, config)
+    if world > 1:
+        objective = nn.parallel.DistributedDataParallel(objective)
     began = saved_at = time.monotonic()
     for step in range(start, config.steps):
         rng = np.random.default_rng((config.seed, step))  # a resumed run draws what it would have drawn
-        ids, targets = (t.to(device) for t in get_batch(tokens, config.batch_size, block_size, rng))
-        torch.manual_seed(rng.integers(2**63))  # dropout
+        ids, targets = get_batch(tokens, config.batch_size, block_size, rng)
+        torch.manual_seed(rng.integers(2**62) + rank)  # dropout
         lr = learning_rate(step, config)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-            loss = training_loss(model, teacher, ids, targets, config)
-        value = loss.item()
+        parts = list(zip(*(t[rank::world].to(device).chunk(config.accumulate) for t in (ids, targets))))
+        value = 0.0
+        for i, part in enumerate(parts):
+            last = i + 1 == len(parts)  # gradients need to be exchanged once per step only
+            with nullcontext() if last or world == 1 else objective.no_sync():
+                loss = objective(*part) / len(parts)
+                loss.backward()
+            value += loss.item()
+        (value,) = sum_over_processes(value / world)
         if not math.isfinite(value):
-            raise TrainingDiverged(f"the loss became {value} at step {step + 1}, learning rate {lr:.2e}")
-        loss.backward()
+            where = f"; the last checkpoint is {checkpoint}" if Path(checkpoint or "").is_file() else ""
+            raise TrainingDiverged(
+                f"the loss became {value} at step {step + 1}, learning rate {lr:.2e}{where}"
+            )
         nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         optimizer.step()
         optimizer.zero_grad()
         stop = on_step is not None and on_step(step + 1, value)
         due = time.monotonic() - saved_at >= CHECKPOINT_SECONDS
+        stop, due = sum_over_processes(bool(stop), due)  # all processes stop at the same step
         if checkpoint is not None and (stop or due or step + 1 == config.steps):
             saved_at = time.monotonic()
-            _save_state(checkpoint, identity, model, optimizer, step + 1, seconds + saved_at - began)
+            if rank == 0:
+                _save_state(checkpoint, identity, model, optimizer, step + 1, seconds + saved_at - began)
         if stop and step + 1 < config.steps:
             raise TrainingStopped(f"stopped after step {step + 1} of {config.steps}")
     model.eval()
@@ -810,6 +975,7 @@ def evaluate(model, tokens, block_size):
 
     The text is cut into blocks that do not overlap, the last one shorter, so each token but the first is
     predicted exactly once. tokens: int64 (n,), n ≥ 2, else ValueError.
+    Where torch.distributed is initialized, all processes must call this, and each takes its share.
     model: anything that gives logits (B, T, V) for ids (B, T), or an object with .logits.
     """
     if len(tokens) < 2:
@@ -824,12 +990,13 @@ def evaluate(model, tokens, block_size):
     batches = list(zip(*blocks))
     if whole < len(inputs):
         batches.append((inputs[None, whole:], targets[None, whole:]))
-    total = 0.0
-    for ids, true in batches:
+    total, (rank, world) = 0.0, processes()
+    for ids, true in batches[rank::world]:
         logits = model(ids.to(device))
         logits = getattr(logits, "logits", logits).float()  # (B, T, V)
         total += F.cross_entropy(logits.flatten(0, 1), true.flatten().to(device), reduction="sum").item()
     model.train(was_training)
+    (total,) = sum_over_processes(total)
     return total / len(inputs)
 
 
@@ -871,12 +1038,44 @@ def _digest(file, size):
     return digest.digest()
 
 
+def _identity(model, tokens, config, teacher):
+    """What a checkpoint must agree on with the run that resumes it: all that its weights depend on."""
+
+    def digest(tensors):
+        digest = hashlib.sha256()
+        for tensor in tensors:
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        return digest.hexdigest()[:16]
+
+    quantizers = {(m.bits, m.granularity) for m in model.modules() if isinstance(m, QuantLinear)}
+    return {
+        **asdict(config),
+        "model": asdict(model.config),
+        "quantizers": sorted(quantizers),
+        "text": digest([tokens]),
+        "teacher": None if teacher is None else digest(teacher.parameters()),
+    }
+
+
+def _previous(path):
+    return Path(path).with_suffix(".previous.pt")
+
+
 def _save_state(path, identity, model, optimizer, step, seconds):
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    write_file(path, {"identity": identity, "step": step, "seconds": seconds, **state})
+    new = Path(path).with_suffix(".new.pt")
+    write_file(new, {"identity": identity, "step": step, "seconds": seconds, **state})
+    if Path(path).exists():
+        os.replace(path, _previous(path))
+    os.replace(new, path)
 
 
 def _load_state(path, identity, model, optimizer):
+    """Step and seconds of the checkpoint; 0 and 0 where there is none."""
+    if not Path(path).exists():
+        path = _previous(path)  # a kill between the two renames of _save_state
+    if not Path(path).exists():
+        return 0, 0.0
     state = read_file(path)
     there = state.get("identity", {})
     for key, here in identity.items():
