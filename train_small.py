@@ -544,21 +544,25 @@ def write_text(path, text):
 # Benchmark: each table is one run, its rows measured in turns, its ratios against the row named first
 
 
+def timed(function, calls, device):
+    """Seconds per call."""
+    begin = time.perf_counter()
+    for _ in range(calls):
+        function()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - begin) / calls
+
+
 def seconds_per_call(functions, device, rounds=7, least=0.05):
-    """Median seconds of each of the functions, in turns, so that all of them meet the same noise."""
-    calls, seconds = {}, {name: [] for name in functions}
-    for turn in range(-1, rounds):  # turn -1 warms up and finds out how many calls take `least` seconds
+    """Median seconds of each of the functions, in turns of `least` seconds, so that all meet the same noise."""
+    for function in functions.values():
+        function()  # compiles what is compiled
+    calls = {name: math.ceil(least / timed(function, 3, device)) for name, function in functions.items()}
+    seconds = {name: [] for name in functions}
+    for _ in range(rounds):
         for name, function in functions.items():
-            begin, n = time.perf_counter(), 0
-            while n < calls.get(name, 3) or turn < 0 and time.perf_counter() - begin < least:
-                function()
-                n += 1
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if turn < 0:
-                calls[name] = n
-            else:
-                seconds[name].append((time.perf_counter() - begin) / n)
+            seconds[name].append(timed(function, calls[name], device))
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
@@ -634,8 +638,10 @@ def bench_generation(device, bandwidth, model, packed):
 
 
 MEMORY = """
-import resource, sys, torch, tsld
-start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+import sys, torch, tsld
+def peak():  # bytes, on Linux
+    return 1024 * int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
+start = peak()
 if sys.argv[1].endswith(".packed"):
     model = tsld.load_model(sys.argv[1])
 else:
@@ -644,7 +650,7 @@ else:
     model.load_state_dict(tsld.read_file(sys.argv[1]), assign=True)
     model.lm_head.weight = model.wte.weight
 model.generate(torch.zeros(1, 8, dtype=torch.long), 8)
-print(start * 1024, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(start, peak())
 """
 
 
@@ -659,13 +665,13 @@ def bench_memory(folder):
         sizes[part] += tensor.numel() * tensor.element_size()
     for part, size in sizes.most_common():
         print(f"    of it {part:44}{size / 1e6:14,.1f}")
+    if not Path("/proc/self/status").exists():
+        return
     peaks = {}
     for name, path in files.items():
-        output = subprocess.run(
-            [sys.executable, "-c", MEMORY, path], cwd=DATA.parent, capture_output=True, check=True
-        )
-        start, peak = map(int, output.stdout.split())
-        peaks[f"{name}, above {start / 1e6:,.0f} MB after importing torch"] = (peak - start) / 1e6
+        command = [sys.executable, "-c", MEMORY, path]
+        start, peak = map(int, subprocess.check_output(command, cwd=DATA.parent).split())
+        peaks[f"{name}, beyond importing torch"] = (peak - start) / 1e6
     print_ratios("memory to load and generate, peak", "MB", peaks)
 
 
