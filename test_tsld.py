@@ -131,6 +131,19 @@ def test_int4_keeps_weights_of_one_sign_unclipped():
         assert error.abs().max() <= 4.0 / 15 / 2 + 1e-6
 
 
+def test_training_and_evaluation_quantize_each_weight_once_per_step(monkeypatch):
+    calls, exact = [], tsld.fake_quantize
+    monkeypatch.setattr(tsld, "fake_quantize", lambda *arguments: calls.append(1) or exact(*arguments))
+    student = tsld.quantize_model(micro_gpt())
+    calls.clear()
+    tsld.train(student, TEXT, replace(BRIEF, steps=2, batch_size=6, accumulate=3), micro_gpt(2))
+    assert len(calls) == 2 * 8
+    tsld.evaluate(student, TEXT, 8)
+    assert len(calls) == 3 * 8
+    student(micro_ids())  # and anew wherever nobody vouches for the weights
+    assert len(calls) == 4 * 8
+
+
 @pytest.mark.parametrize("bits", [2, 4])
 @pytest.mark.parametrize("granularity", ["tensor", "channel"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -1004,7 +1017,9 @@ def test_the_checkpoint_before_is_kept_and_used_when_the_newest_is_gone(tmp_path
 
 @pytest.mark.parametrize("name", tsld.LOSSES)
 def test_a_batch_in_parts_gives_the_same_training(name):
-    whole, losses, parts, losses_in_parts = micro_gpt(1), [], micro_gpt(1), []
+    """... of a quantized student, whose weights are quantized once per step."""
+    whole, parts = (tsld.quantize_model(micro_gpt(1)) for _ in range(2))
+    losses, losses_in_parts = [], []
     config = replace(BRIEF, loss=name, batch_size=6)
     tsld.train(whole, TEXT, config, micro_gpt(2), on_step=lambda step, loss: losses.append(loss))
     config = replace(config, accumulate=3)

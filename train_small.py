@@ -28,6 +28,7 @@ from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import tiktoken
 import torch
 from torch import distributed as dist
@@ -637,21 +638,18 @@ def bench_generation(device, bandwidth, model, packed):
     print_ratios("generation, GPT-2 small's shape", "tokens/s", values, larger_is_better=True)
 
 
-MEMORY = """
-import sys, torch, tsld
-def peak():  # bytes, on Linux
-    return 1024 * int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
-start = peak()
-if sys.argv[1].endswith(".packed"):
-    model = tsld.load_model(sys.argv[1])
-else:
-    with torch.device("meta"):
-        model = tsld.GPT(tsld.GPTConfig())
-    model.load_state_dict(tsld.read_file(sys.argv[1]), assign=True)
-    model.lm_head.weight = model.wte.weight
-model.generate(torch.zeros(1, 8, dtype=torch.long), 8)
-print(start, peak())
-"""
+def load_and_generate(path):
+    """Prints the peak of resident bytes before and after; in a process of its own."""
+    start = peak_memory()
+    if path.endswith(".packed"):
+        model = tsld.load_model(path)
+    else:
+        with torch.device("meta"):
+            model = GPT(GPTConfig())
+        model.load_state_dict(tsld.read_file(path), assign=True)
+        model.lm_head.weight = model.wte.weight
+    model.generate(torch.zeros(1, 8, dtype=torch.long), 8)
+    print(json.dumps([start, peak_memory()]))
 
 
 def bench_memory(folder):
@@ -669,13 +667,90 @@ def bench_memory(folder):
         return
     peaks = {}
     for name, path in files.items():
-        command = [sys.executable, "-c", MEMORY, path]
-        start, peak = map(int, subprocess.check_output(command, cwd=DATA.parent).split())
+        code = f"import train_small; train_small.load_and_generate({str(path)!r})"
+        start, peak = json.loads(subprocess.check_output([sys.executable, "-c", code], cwd=DATA.parent))
         peaks[f"{name}, beyond importing torch"] = (peak - start) / 1e6
     print_ratios("memory to load and generate, peak", "MB", peaks)
 
 
+# Layers, width, heads, vocabulary; sequences and their length.
+TRAINING_SHAPES = ((4, 128, 4, 2048, 32, 128), (6, 384, 6, 50257, 8, 256), (12, 768, 12, 50257, 4, 512))
+
+
+def training_step(shape, name, dtype, steps):
+    """Prints tokens per second and, on Linux, the peak of resident bytes of some training steps; in a process of
+    its own. name: "plain", a step as nanoGPT takes it, or one of LOSSES for a ternary student."""
+    n_layer, n_embd, n_head, vocab_size, B, T = shape
+    device = choose_device(None)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(T, vocab_size, n_layer, n_head, n_embd)).to(device)
+    tokens = torch.randint(vocab_size, (10 * T,))
+    config = TrainConfig(loss=name, steps=steps + 2, batch_size=B, dtype=dtype)
+    begin = []
+
+    def on_step(step, loss):
+        if step == 2:  # the first two allocate and warm up
+            begin.append(time.perf_counter())
+
+    if name == "plain":
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        for step in range(1, steps + 3):
+            ids, targets = (t.to(device) for t in tsld.get_batch(tokens, B, T, np.random.default_rng(step)))
+            loss = F.cross_entropy(model(ids).view(-1, vocab_size), targets.flatten())
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            on_step(step, loss.item())
+    elif name == "plain, ours":
+        tsld.train(model, tokens, replace(config, loss="gt"), on_step=on_step)
+    else:
+        student = tsld.quantize_model(copy.deepcopy(model))
+        teacher = None if name == "gt" else model
+        del model
+        tsld.train(student, tokens, config, teacher, on_step=on_step)
+    speed = steps * B * T / (time.perf_counter() - begin[0])
+    print(json.dumps([speed, torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_memory()]))
+
+
+def peak_memory():
+    """Bytes that this process has had resident at most; 0 where the system does not say."""
+    status = Path("/proc/self/status")
+    return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0]) if status.exists() else 0
+
+
+def bench_training(rounds=3, steps=2):
+    """Tokens per second and peak memory of a training step, each row in processes of its own, in turns."""
+    fast = default_dtype(choose_device(None))
+    rows = [("plain", "float32"), ("plain, ours", "float32")]
+    rows += [(loss, dtype) for dtype in dict.fromkeys(("float32", fast)) for loss in LOSSES]
+    for shape in TRAINING_SHAPES:
+        measured = {row: [] for row in rows}
+        for _ in range(rounds):
+            for row in rows:
+                code = (
+                    f"import train_small; train_small.training_step({shape}, {row[0]!r}, {row[1]!r}, {steps})"
+                )
+                output = subprocess.check_output([sys.executable, "-c", code], cwd=DATA.parent)
+                measured[row].append(json.loads(output))
+        n_layer, n_embd, _, vocab_size, B, T = shape
+        title = f"training, {n_layer} x {n_embd}, vocabulary {vocab_size}, batch {B} x {T}"
+        print(f"\n{title:52}{'tokens/s':>14}{'ratio':>8}{'peak MB':>10}{'ratio':>8}")
+        medians = {
+            row: [statistics.median(values) for values in zip(*runs)] for row, runs in measured.items()
+        }
+        base_speed, base_memory = medians[rows[0]]
+        for (name, dtype), (speed, memory) in medians.items():
+            ratios = (
+                f"{speed:14,.0f}{speed / base_speed:8.2f}{memory / 1e6:10,.0f}{memory / base_memory:8.2f}"
+            )
+            print(f"  {f'{name}, {dtype}':50}{ratios}", flush=True)
+
+
 def bench(args):
+    if args.bench == "training":
+        bench_training()
+        return
     device = choose_device(args.device)
     torch.manual_seed(args.seed)
     name = (
@@ -863,7 +938,8 @@ def parse(argv):
     add("--resume", action="store_true", help="go on with a student's training that was interrupted")
     add("--generate", metavar="FILE", help="instead of training: write text with a packed model")
     add("--prompt", default="the", help="what the text begins with")
-    add("--bench", action="store_true", help="instead of training: speed and memory of the packed model")
+    kinds = ("generation", "training")
+    add("--bench", choices=kinds, nargs="?", const="generation", help="instead of training: speed and memory")
     return parser.parse_args(argv)
 
 

@@ -42,7 +42,7 @@ import math
 import os
 import pickle
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -70,7 +70,7 @@ def _group(granularity):
 def ternarize(weight, granularity="tensor"):
     """Ternary weight network (TWN) quantizer: w ≈ α · codes, the 2-bit (W2) rows of the paper's table 1.
 
-        Δ = 0.7 · mean|w|        α = mean of |w| where |w| > Δ        codes = sign(w) where |w| > Δ, else 0
+        Δ = 0.7 · mean|w|     codes = +1 where w > Δ, -1 where w < -Δ, else 0     α = mean of |w| where |w| > Δ
 
     weight: (out, in), any float dtype. Returns codes, int8 (out, in) in {-1, 0, +1}, and scale, float32,
     (1, 1) for "tensor" or (out, 1) for "channel". A group of zeros gets scale 0.
@@ -78,11 +78,10 @@ def ternarize(weight, granularity="tensor"):
     """
     group = _group(granularity)
     w = weight.detach().float()
-    magnitude = w.abs()
-    threshold = 0.7 * magnitude.mean(group, keepdim=True)
-    kept = magnitude > threshold
-    scale = (magnitude * kept).sum(group, keepdim=True) / kept.sum(group, keepdim=True).clamp(min=1)
-    codes = (w.sign() * kept).to(torch.int8)
+    threshold = 0.7 * w.abs().mean(group, keepdim=True)
+    codes = (w > threshold).to(torch.int8) - (w < -threshold).to(torch.int8)
+    count = (codes != 0).sum(group, keepdim=True).clamp(min=1)  # a group of zeros: 0 / 1 instead of 0 / 0
+    scale = (codes * w).sum(group, keepdim=True) / count  # codes · w is |w| where |w| > Δ, else 0
     return codes, scale
 
 
@@ -142,12 +141,29 @@ class QuantLinear(nn.Linear):
     def __init__(self, in_features, out_features, bias=True, bits=2, granularity="tensor"):
         super().__init__(in_features, out_features, bias=bias)
         self.bits, self.granularity = bits, granularity
+        self.quantized = None  # the quantized weight, within quantized_once
 
     def forward(self, x):  # (..., in) -> (..., out)
-        return F.linear(x, fake_quantize(self.weight, self.bits, self.granularity), self.bias)
+        weight = self.quantized
+        if weight is None:
+            weight = fake_quantize(self.weight, self.bits, self.granularity)
+        return F.linear(x, weight, self.bias)
 
     def extra_repr(self):
         return f"{super().extra_repr()}, bits={self.bits}, granularity={self.granularity!r}"
+
+
+@contextmanager
+def quantized_once(model):
+    """Within, the weights must not change, and each QuantLinear of the model quantizes its own only once."""
+    layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
+    for layer in layers:
+        layer.quantized = fake_quantize(layer.weight, layer.bits, layer.granularity)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.quantized = None
 
 
 def _is_conv1d(module):
@@ -616,123 +632,6 @@ def per_token_terms(student_logits, teacher_logits, targets):
     return Terms(ce_student, ce_teacher, kd)
 
 
-SCRATCH_BYTES = 2**27  # of lean_per_token_terms: what the logits of one model take at a time, in float32
-
-
-def lean_per_token_terms(
-    student_hidden,
-    student_head,
-    teacher_hidden,
-    teacher_head,
-    targets,
-    loss=None,
-    temperature=10.0,
-    gt_weight=0.0,
-):
-    """The Terms of per_token_terms from logits = hidden @ head.T, a few rows of them at a time: neither
-    model's (B, T, V) logits ever exist whole, forward or backward.
-
-    hidden: (B, T, C), after the final norm; head: (V, C); targets: int64 (B, T).
-    loss: the one of LOSSES that the terms will go into, with its temperature and gt_weight. Its gradient is
-        then taken while the logits are there, and the terms must not go into another. Without it they may,
-        and the backward pass computes the logits again.
-    No gradient flows into the teacher.
-    """
-    models = student_hidden, student_head, teacher_hidden.detach(), teacher_head.detach()
-    return Terms(*_LeanTerms.apply(*models, targets, loss, temperature, gt_weight))
-
-
-def _log_probabilities(hidden, head):
-    """(R, C), (V, C) -> float32 (R, V)."""
-    return F.log_softmax((hidden @ head.t()).float(), dim=-1)
-
-
-def _weights_of_terms(loss, ce_teacher, temperature, gt_weight):
-    """a and b, each (B, T), with which a loss is Σ_n a_n · kd_n + b_n · ce_student_n, L2L's layers apart."""
-    a, b = {"gt": (0, 1), "logit": (1, 0), "l2l": (1, 0), "logit_gt": (1, 1), "tsld": (1, gt_weight)}[loss]
-    mean = torch.full_like(ce_teacher, 1 / ce_teacher.numel())
-    scale = token_scale(ce_teacher, temperature) / len(ce_teacher) if loss == "tsld" else mean
-    return a * scale, b * mean
-
-
-def _add_gradients(grad_hidden, grad_head, hidden, head, log_p_student, p_teacher, y, a, b):
-    """The loss Σ_n a_n · kd_n + b_n · ce_student_n of R tokens has, with logits z = hidden @ head.T,
-
-        ∂L/∂z_ni = a_n (P^S_ni - P^T_ni) + b_n (P^S_ni - y_ni)
-        ∂L/∂hidden = ∂L/∂z @ head        ∂L/∂head = (∂L/∂z).T @ hidden
-
-    and these are added to grad_hidden (R, C) and grad_head (V, C). Overwrites the student's log-probabilities.
-    """
-    a, b = a[:, None], b[:, None]  # (R, 1)
-    grad_z = (
-        log_p_student.exp_().mul_(a + b).addcmul_(p_teacher, a, value=-1).scatter_add_(1, y, -b)
-    )  # (R, V)
-    grad_z = grad_z.to(head.dtype)
-    grad_hidden += grad_z @ head
-    if grad_head.dtype == head.dtype:
-        grad_head.addmm_(grad_z.t(), hidden)
-    else:
-        grad_head += grad_z.t() @ hidden
-
-
-class _LeanTerms(torch.autograd.Function):
-    """lean_per_token_terms. N = B T tokens; h (N, C), w (V, C): hidden and head of the student; H, W: of the
-    teacher."""
-
-    @staticmethod
-    def forward(ctx, hidden, head, teacher_hidden, teacher_head, targets, loss, temperature, gt_weight):
-        kind, (B, T) = hidden.device.type, targets.shape
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.dtype
-        h, w, H, W = (x.flatten(0, -2).to(dtype) for x in (hidden, head, teacher_hidden, teacher_head))
-        y = targets.reshape(-1, 1)  # (N, 1)
-        rows = max(1, SCRATCH_BYTES // (4 * len(w)))
-        rows -= (
-            rows % T if rows > T else 0
-        )  # whole sequences where they fit: a token scale takes all of its own
-        pieces = [slice(begin, begin + rows) for begin in range(0, B * T, rows)]
-        ce_student, ce_teacher, kd = torch.zeros(3, B * T, device=h.device)
-        early = loss is not None and any(ctx.needs_input_grad)  # gradients while the logits are there
-        gradients = [torch.zeros_like(x, dtype=torch.float32) for x in (h, w)] if early else None
-        with torch.autocast(kind, enabled=False):
-            if early and loss == "tsld" and rows < T:
-                for piece in pieces:
-                    ce_teacher[piece] = -_log_probabilities(H[piece], W).gather(1, y[piece])[:, 0]
-            for piece in pieces:
-                log_P = _log_probabilities(H[piece], W)  # (R, V)
-                ce_teacher[piece] = -log_P.gather(1, y[piece])[:, 0]
-                P = log_P.exp_()
-                log_p = _log_probabilities(h[piece], w)
-                ce_student[piece] = -log_p.gather(1, y[piece])[:, 0]
-                kd[piece] = -torch.einsum("ni,ni->n", P, log_p)
-                if early:
-                    weights = _weights_of_terms(loss, ce_teacher.view(B, T), temperature, gt_weight)
-                    a, b = (x.flatten()[piece] for x in weights)
-                    _add_gradients(gradients[0][piece], gradients[1], h[piece], w, log_p, P, y[piece], a, b)
-        ctx.loss, ctx.pieces, ctx.gradients = loss, pieces, gradients
-        ctx.kind, ctx.shape, ctx.dtypes = kind, hidden.shape, (hidden.dtype, head.dtype)
-        ctx.save_for_backward(*(() if early else (h, w, H, W, y)))
-        ctx.mark_non_differentiable(ce_teacher)
-        return tuple(x.view(B, T) for x in (ce_student, ce_teacher, kd))
-
-    @staticmethod
-    def backward(ctx, grad_ce_student, _, grad_kd):
-        if ctx.gradients is not None:
-            # They are the loss's own. What came back through it is g · a and g · b, and Σ a = 1 (Σ b in "gt").
-            g = (grad_ce_student if ctx.loss == "gt" else grad_kd).sum()
-            grad_hidden, grad_head = (x.mul_(g) for x in ctx.gradients)
-        else:
-            h, w, H, W, y = ctx.saved_tensors
-            grad_hidden, grad_head = (torch.zeros_like(x, dtype=torch.float32) for x in (h, w))
-            a, b = grad_kd.flatten(), grad_ce_student.flatten()
-            with torch.autocast(ctx.kind, enabled=False):
-                for piece in ctx.pieces:
-                    log_p, P = _log_probabilities(h[piece], w), _log_probabilities(H[piece], W).exp_()
-                    rows = y[piece], a[piece], b[piece]
-                    _add_gradients(grad_hidden[piece], grad_head, h[piece], w, log_p, P, *rows)
-        grad_hidden = grad_hidden.view(ctx.shape).to(ctx.dtypes[0])
-        return grad_hidden, grad_head.to(ctx.dtypes[1]), *[None] * 6
-
-
 def layer_to_layer_loss(student_trace, teacher_trace):
     """L2L, the distillation made for encoders (slide "QAT-KD Methods for Encoder and Decoder QAT"):
 
@@ -788,6 +687,123 @@ def distillation_loss(name, terms, temperature=10.0, gt_weight=0.0):
     if name == "tsld":
         return tsld_loss(terms, temperature, gt_weight)
     raise ValueError(f"loss must be one of {', '.join(LOSSES)}, not {name!r}")
+
+
+# The same terms at less cost. For GPT-2's vocabulary the logits are the largest tensors of a training step by far;
+# the rest of this section keeps them from ever being there whole. Reading on without it loses nothing of the method.
+
+SCRATCH_BYTES = 2**27  # the logits of one model at a time, float32; three tensors of this size exist at once
+
+
+def lean_per_token_terms(
+    student_hidden,
+    student_head,
+    teacher_hidden,
+    teacher_head,
+    targets,
+    loss=None,
+    temperature=10.0,
+    gt_weight=0.0,
+):
+    """The Terms of per_token_terms from logits = hidden @ head.T, a few rows of them at a time: neither
+    model's (B, T, V) logits ever exist whole, forward or backward.
+
+    hidden: (B, T, C), after the final norm; head: (V, C); targets: int64 (B, T).
+    loss: the one of LOSSES that the terms will go into, with its temperature and gt_weight. Its gradient is
+        then taken while the logits are there, and the terms must not go into another. Without it they may,
+        and the backward pass computes the logits again.
+    No gradient flows into the teacher.
+    """
+    models = student_hidden, student_head, teacher_hidden.detach(), teacher_head.detach()
+    return Terms(*_LeanTerms.apply(*models, targets, loss, temperature, gt_weight))
+
+
+def _log_probabilities(hidden, head):
+    """(R, C), (V, C) -> float32 (R, V)."""
+    return F.log_softmax((hidden @ head.t()).float(), dim=-1)
+
+
+def _weights_of_terms(loss, ce_teacher, temperature, gt_weight):
+    """a and b, each (B, T), with which a loss is Σ_n a_n · kd_n + b_n · ce_student_n, L2L's layers apart."""
+    a, b = {"gt": (0, 1), "logit": (1, 0), "l2l": (1, 0), "logit_gt": (1, 1), "tsld": (1, gt_weight)}[loss]
+    mean = torch.full_like(ce_teacher, 1 / ce_teacher.numel())
+    scale = token_scale(ce_teacher, temperature) / len(ce_teacher) if loss == "tsld" else mean
+    return a * scale, b * mean
+
+
+def _add_gradients(grad_hidden, grad_head, hidden, head, log_p_student, p_teacher, y, a, b):
+    """The loss Σ_n a_n · kd_n + b_n · ce_student_n of R tokens has, with logits z = hidden @ head.T,
+
+        ∂L/∂z_ni = a_n (P^S_ni - P^T_ni) + b_n (P^S_ni - y_ni)
+        ∂L/∂hidden = ∂L/∂z @ head        ∂L/∂head = (∂L/∂z).T @ hidden
+
+    and these are added to grad_hidden (R, C) and grad_head (V, C). Overwrites the student's log-probabilities.
+    """
+    a, b = a[:, None], b[:, None]  # (R, 1)
+    grad_z = log_p_student.exp_().mul_(a + b).addcmul_(p_teacher, a, value=-1)  # (R, V)
+    grad_z = grad_z.scatter_add_(1, y, -b).to(head.dtype)
+    grad_hidden += grad_z @ head
+    if grad_head.dtype == head.dtype:
+        grad_head.addmm_(grad_z.t(), hidden)
+    else:
+        grad_head += grad_z.t() @ hidden
+
+
+class _LeanTerms(torch.autograd.Function):
+    """lean_per_token_terms for N = B · T tokens. h (N, C) and w (V, C) are hidden and head of the student, in
+    the type that products are taken in; H and W of the teacher."""
+
+    @staticmethod
+    def forward(ctx, hidden, head, teacher_hidden, teacher_head, targets, loss, temperature, gt_weight):
+        kind, (B, T) = hidden.device.type, targets.shape
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.dtype
+        h, w, H, W = (x.flatten(0, -2).to(dtype) for x in (hidden, head, teacher_hidden, teacher_head))
+        y = targets.reshape(-1, 1)  # (N, 1)
+        rows = max(1, SCRATCH_BYTES // (4 * len(w)))
+        if rows > T:
+            rows -= rows % T  # whole sequences: a token scale takes all of its own
+        pieces = [slice(begin, begin + rows) for begin in range(0, B * T, rows)]
+        ce_student, ce_teacher, kd = torch.zeros(3, B * T, device=h.device)
+        early = loss is not None and any(ctx.needs_input_grad)  # gradients while the logits are there
+        gradients = [torch.zeros_like(x, dtype=torch.float32) for x in (h, w)] if early else None
+        with torch.autocast(kind, enabled=False):
+            if early and loss == "tsld" and rows < T:
+                for piece in pieces:
+                    ce_teacher[piece] = -_log_probabilities(H[piece], W).gather(1, y[piece])[:, 0]
+            for piece in pieces:
+                log_P = _log_probabilities(H[piece], W)  # (R, V)
+                ce_teacher[piece] = -log_P.gather(1, y[piece])[:, 0]
+                P = log_P.exp_()
+                log_p = _log_probabilities(h[piece], w)
+                ce_student[piece] = -log_p.gather(1, y[piece])[:, 0]
+                kd[piece] = -torch.einsum("ni,ni->n", P, log_p)
+                if early:
+                    weights = _weights_of_terms(loss, ce_teacher.view(B, T), temperature, gt_weight)
+                    a, b = (x.flatten()[piece] for x in weights)
+                    _add_gradients(gradients[0][piece], gradients[1], h[piece], w, log_p, P, y[piece], a, b)
+        ctx.loss, ctx.pieces, ctx.gradients = loss, pieces, gradients
+        ctx.kind, ctx.shape, ctx.dtypes = kind, hidden.shape, (hidden.dtype, head.dtype)
+        ctx.save_for_backward(*(() if early else (h, w, H, W, y)))
+        ctx.mark_non_differentiable(ce_teacher)
+        return tuple(x.view(B, T) for x in (ce_student, ce_teacher, kd))
+
+    @staticmethod
+    def backward(ctx, grad_ce_student, _, grad_kd):
+        if ctx.gradients is not None:
+            # They are the loss's own. What came back through it is g · a and g · b, and Σ a = 1 (Σ b in "gt").
+            g = (grad_ce_student if ctx.loss == "gt" else grad_kd).sum()
+            grad_hidden, grad_head = (x.mul_(g) for x in ctx.gradients)
+        else:
+            h, w, H, W, y = ctx.saved_tensors
+            grad_hidden, grad_head = (torch.zeros_like(x, dtype=torch.float32) for x in (h, w))
+            a, b = grad_kd.flatten(), grad_ce_student.flatten()
+            with torch.autocast(ctx.kind, enabled=False):
+                for piece in ctx.pieces:
+                    log_p, P = _log_probabilities(h[piece], w), _log_probabilities(H[piece], W).exp_()
+                    rows = y[piece], a[piece], b[piece]
+                    _add_gradients(grad_hidden[piece], grad_head, h[piece], w, log_p, P, *rows)
+        grad_hidden = grad_hidden.view(ctx.shape).to(ctx.dtypes[0])
+        return grad_hidden, grad_head.to(ctx.dtypes[1]), *[None] * 6
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -941,12 +957,13 @@ def train(model, tokens, config, teacher=None, checkpoint=None, resume=False, on
             group["lr"] = lr
         parts = list(zip(*(t[rank::world].to(device).chunk(config.accumulate) for t in (ids, targets))))
         value = 0.0
-        for i, part in enumerate(parts):
-            last = i + 1 == len(parts)  # gradients need to be exchanged once per step only
-            with nullcontext() if last or world == 1 else objective.no_sync():
-                loss = objective(*part) / len(parts)
-                loss.backward()
-            value += loss.item()
+        with quantized_once(model):
+            for i, part in enumerate(parts):
+                last = i + 1 == len(parts)  # gradients are exchanged between processes once per step
+                with nullcontext() if last or world == 1 else objective.no_sync():
+                    loss = objective(*part) / len(parts)
+                    loss.backward()
+                value += loss.item()
         (value,) = sum_over_processes(value / world)
         if not math.isfinite(value):
             where = f"; the last checkpoint is {checkpoint}" if Path(checkpoint or "").is_file() else ""
@@ -991,10 +1008,11 @@ def evaluate(model, tokens, block_size):
     if whole < len(inputs):
         batches.append((inputs[None, whole:], targets[None, whole:]))
     total, (rank, world) = 0.0, processes()
-    for ids, true in batches[rank::world]:
-        logits = model(ids.to(device))
-        logits = getattr(logits, "logits", logits).float()  # (B, T, V)
-        total += F.cross_entropy(logits.flatten(0, 1), true.flatten().to(device), reduction="sum").item()
+    with quantized_once(model):
+        for ids, true in batches[rank::world]:
+            logits = model(ids.to(device))
+            logits = getattr(logits, "logits", logits).float()  # (B, T, V)
+            total += F.cross_entropy(logits.flatten(0, 1), true.flatten().to(device), reduction="sum").item()
     model.train(was_training)
     (total,) = sum_over_processes(total)
     return total / len(inputs)
