@@ -586,10 +586,8 @@ def bench_matvec(device, bandwidth):
     """One row of activations times a weight matrix: what generating a token consists of."""
     product = torch.compile(tsld.ternary_matmul, dynamic=False, options=tsld.COMPILE_OPTIONS)
     for shape in ((2304, 768), (3072, 768), (768, 3072), (4096, 4096)):
-        codes, scale = (
-            torch.randint(-1, 2, shape, dtype=torch.int8, device=device),
-            torch.ones(1, 1, device=device),
-        )
+        codes = torch.randint(-1, 2, shape, dtype=torch.int8, device=device)
+        scale = torch.ones(1, 1, device=device)
         packed, weight, x = tsld.pack_ternary(codes), codes.float(), torch.randn(1, shape[1], device=device)
         half, half_x = weight.bfloat16(), x.bfloat16()
         functions = {
@@ -638,8 +636,20 @@ def bench_generation(device, bandwidth, model, packed):
     print_ratios("generation, GPT-2 small's shape", "tokens/s", values, larger_is_better=True)
 
 
+def in_new_process(function, *arguments):
+    """What a function of this file prints, as JSON, in a process whose memory is all its own."""
+    code = f"import train_small; train_small.{function}(*{arguments!r})"
+    return json.loads(subprocess.check_output([sys.executable, "-c", code], cwd=DATA.parent))
+
+
+def peak_memory():
+    """Bytes that this process has had resident at most; 0 where the system does not say."""
+    status = Path("/proc/self/status")
+    return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0]) if status.exists() else 0
+
+
 def load_and_generate(path):
-    """Prints the peak of resident bytes before and after; in a process of its own."""
+    """Prints the peak of resident bytes before and after; for in_new_process."""
     start = peak_memory()
     if path.endswith(".packed"):
         model = tsld.load_model(path)
@@ -667,8 +677,7 @@ def bench_memory(folder):
         return
     peaks = {}
     for name, path in files.items():
-        code = f"import train_small; train_small.load_and_generate({str(path)!r})"
-        start, peak = json.loads(subprocess.check_output([sys.executable, "-c", code], cwd=DATA.parent))
+        start, peak = in_new_process("load_and_generate", str(path))
         peaks[f"{name}, beyond importing torch"] = (peak - start) / 1e6
     print_ratios("memory to load and generate, peak", "MB", peaks)
 
@@ -678,8 +687,8 @@ TRAINING_SHAPES = ((4, 128, 4, 2048, 32, 128), (6, 384, 6, 50257, 8, 256), (12, 
 
 
 def training_step(shape, name, dtype, steps):
-    """Prints tokens per second and, on Linux, the peak of resident bytes of some training steps; in a process of
-    its own. name: "plain", a step as nanoGPT takes it, or one of LOSSES for a ternary student."""
+    """Prints tokens per second and the peak of resident bytes of some training steps; for in_new_process.
+    name: "plain", a step written the nanoGPT way, "plain, ours", or one of LOSSES for a ternary student."""
     n_layer, n_embd, n_head, vocab_size, B, T = shape
     device = choose_device(None)
     torch.manual_seed(0)
@@ -713,12 +722,6 @@ def training_step(shape, name, dtype, steps):
     print(json.dumps([speed, torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_memory()]))
 
 
-def peak_memory():
-    """Bytes that this process has had resident at most; 0 where the system does not say."""
-    status = Path("/proc/self/status")
-    return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0]) if status.exists() else 0
-
-
 def bench_training(rounds=3, steps=2):
     """Tokens per second and peak memory of a training step, each row in processes of its own, in turns."""
     fast = default_dtype(choose_device(None))
@@ -728,38 +731,40 @@ def bench_training(rounds=3, steps=2):
         measured = {row: [] for row in rows}
         for _ in range(rounds):
             for row in rows:
-                code = (
-                    f"import train_small; train_small.training_step({shape}, {row[0]!r}, {row[1]!r}, {steps})"
-                )
-                output = subprocess.check_output([sys.executable, "-c", code], cwd=DATA.parent)
-                measured[row].append(json.loads(output))
+                measured[row].append(in_new_process("training_step", shape, *row, steps))
         n_layer, n_embd, _, vocab_size, B, T = shape
         title = f"training, {n_layer} x {n_embd}, vocabulary {vocab_size}, batch {B} x {T}"
         print(f"\n{title:52}{'tokens/s':>14}{'ratio':>8}{'peak MB':>10}{'ratio':>8}")
-        medians = {
-            row: [statistics.median(values) for values in zip(*runs)] for row, runs in measured.items()
-        }
+        medians = {row: list(map(statistics.median, zip(*runs))) for row, runs in measured.items()}
         base_speed, base_memory = medians[rows[0]]
         for (name, dtype), (speed, memory) in medians.items():
-            ratios = (
-                f"{speed:14,.0f}{speed / base_speed:8.2f}{memory / 1e6:10,.0f}{memory / base_memory:8.2f}"
-            )
-            print(f"  {f'{name}, {dtype}':50}{ratios}", flush=True)
+            print(f"  {f'{name}, {dtype}':50}{speed:14,.0f}{speed / base_speed:8.2f}", end="")
+            print(f"{memory / 1e6:10,.0f}{memory / base_memory:8.2f}", flush=True)
+
+
+def bench_growth(steps=2, tokens=4096):
+    """How a TSLD step of as many tokens grows with the length of the sequences and with the vocabulary."""
+    print(f"\n{f'TSLD step, 4 x 256, FP32, {tokens} tokens':52}{'seconds':>14}{'peak MB':>10}")
+    for vocab_size in (2048, 16384, 50257):
+        for length in (128, 512, 2048):
+            shape = (4, 256, 4, vocab_size, tokens // length, length)
+            speed, memory = in_new_process("training_step", shape, "tsld", "float32", steps)
+            title = f"vocabulary {vocab_size:6,}, batch {tokens // length} x {length}"
+            print(f"  {title:50}{tokens / speed:14.2f}{memory / 1e6:10,.0f}", flush=True)
 
 
 def bench(args):
     if args.bench == "training":
         bench_training()
+        bench_growth()
         return
     device = choose_device(args.device)
     torch.manual_seed(args.seed)
-    name = (
-        torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    )
+    gpu = device.type == "cuda"
+    name = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
     bandwidth = bench_bandwidth(device)
-    print(
-        f"{name}, torch {torch.__version__}, memory read at {bandwidth / 1e9:.1f} GB/s; run it on an idle machine"
-    )
+    print(f"{name}, torch {torch.__version__}, memory read at {bandwidth / 1e9:.1f} GB/s")
+    print("any other load on this machine spoils the figures")
     with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
         bench_matvec(device, bandwidth)
         model = GPT(GPTConfig()).eval()
@@ -777,16 +782,14 @@ def bench(args):
 
 def choose_device(name):
     if name is None:
-        return torch.device(
-            "cuda" if torch.cuda.is_available() else "cpu"
-        )  # under torchrun, this process's own
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
         return device
     except (RuntimeError, AssertionError, NotImplementedError):
         raise UserError(
-            f"--device {name}: there is no such device here; without --device a run takes what there is"
+            f"--device {name}: there is no such device here; without it a run takes what there is"
         )
 
 
@@ -795,9 +798,8 @@ def default_dtype(device):
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        fast = device.type == "cpu" and any(
-            "bf16" in name and has for name, has in torch.cpu.get_capabilities().items()
-        )
+        has = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+        fast = any(has[name] for name in has if "bf16" in name)
     return "bfloat16" if fast else "float32"
 
 
@@ -825,7 +827,7 @@ def check_folder(path):
 
 
 def check_space(path, gpt, trainings):
-    """A checkpoint holds weights and two averages of their gradients; besides the newest, the one before is kept."""
+    """A checkpoint holds the weights and AdamW's two averages; the one before the newest is kept as well."""
     with torch.device("meta"):
         size = 3 * sum(4 * p.numel() for p in GPT(gpt).parameters())
     needed, free = size * (2 * trainings + 1), shutil.disk_usage(path).free
@@ -955,6 +957,8 @@ def main(argv=None):
         message, code = f"{error}; go on with the same command and --resume", 130
     except tsld.TrainingDiverged as error:
         message, code = error, 1
+    except OSError as error:  # a disk that filled up, a file that went away
+        message, code = error, 2
     except KeyboardInterrupt:
         message, code = "interrupted; --resume goes on from the last checkpoint", 130
     print(f"train_small.py: {message}", file=sys.stderr)
