@@ -813,9 +813,9 @@ def test_lean_terms_and_gradients_are_those_of_full_logits(name, rows, tied, nam
 def test_lean_terms_never_hold_all_logits(monkeypatch):
     sizes, original = [], tsld._log_probabilities
 
-    def watched(hidden, head):
-        sizes.append(len(hidden) * len(head))
-        return original(hidden, head)
+    def watched(hidden, head, scratch):
+        sizes.append(scratch.numel())
+        return original(hidden, head, scratch)
 
     monkeypatch.setattr(tsld, "_log_probabilities", watched)
     monkeypatch.setattr(tsld, "SCRATCH_BYTES", 4 * 11 * 6)  # six rows of 11
@@ -1409,6 +1409,20 @@ def test_ratios_are_against_the_row_named_first(capsys):
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()]
     assert lines[1:3] == [["base", "300.0", "1.00"], ["fast", "100.0", "3.00"]]
     assert lines[4:] == [["base", "20.0", "1.00"], ["fast", "50.0", "2.50"]]
+
+
+@pytest.mark.parametrize("row", [("plain", "float32"), ("plain, ours", "float32"), ("tsld", "bfloat16")])
+def test_the_benchmarked_steps_train_the_right_model(row, monkeypatch):
+    made = []
+    monkeypatch.setattr(train_small, "GPT", lambda config: made.append(GPT(config)) or made[-1])
+    monkeypatch.setattr(
+        tsld, "quantize_model", lambda model, exact=tsld.quantize_model: made.append(exact(model)) or model
+    )
+    step = train_small.training_steps((1, 8, 2, 17, 3, 4), [row])[row]
+    before = [copy.deepcopy(model.state_dict()) for model in made]
+    step()
+    changed = [not torch.equal(state["wte.weight"], m.wte.weight) for state, m in zip(before, made)]
+    assert changed == ([False, True] if row[0] == "tsld" else [True])
 
 
 def student_weights(folder):

@@ -28,7 +28,6 @@ from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import tiktoken
 import torch
 from torch import distributed as dist
@@ -559,7 +558,7 @@ def seconds_per_call(functions, device, rounds=7, least=0.05):
     """Median seconds of each of the functions, in turns of `least` seconds, so that all meet the same noise."""
     for function in functions.values():
         function()  # compiles what is compiled
-    calls = {name: math.ceil(least / timed(function, 3, device)) for name, function in functions.items()}
+    calls = {name: math.ceil(least / timed(function, 1, device)) for name, function in functions.items()}
     seconds = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
@@ -686,71 +685,85 @@ def bench_memory(folder):
 TRAINING_SHAPES = ((4, 128, 4, 2048, 32, 128), (6, 384, 6, 50257, 8, 256), (12, 768, 12, 50257, 4, 512))
 
 
-def training_step(shape, name, dtype, steps):
-    """Prints tokens per second and the peak of resident bytes of some training steps; for in_new_process.
-    name: "plain", a step written the nanoGPT way, "plain, ours", or one of LOSSES for a ternary student."""
+def training_steps(shape, rows):
+    """One function per row that takes a training step. Rows: ("plain", dtype), a step of the full-precision model
+    written the nanoGPT way; ("plain, ours", dtype); or (one of LOSSES, dtype), a step of a ternary student."""
     n_layer, n_embd, n_head, vocab_size, B, T = shape
     device = choose_device(None)
     torch.manual_seed(0)
     model = GPT(GPTConfig(T, vocab_size, n_layer, n_head, n_embd)).to(device)
-    tokens = torch.randint(vocab_size, (10 * T,))
-    config = TrainConfig(loss=name, steps=steps + 2, batch_size=B, dtype=dtype)
-    begin = []
+    ids, targets = torch.randint(vocab_size, (2, B, T), device=device)
+    student = None
+    if any(name in LOSSES for name, _ in rows):
+        alone = all(name == "gt" for name, _ in rows)  # without a teacher
+        student = tsld.quantize_model(model if alone else copy.deepcopy(model))
+    optimizers = {}
 
-    def on_step(step, loss):
-        if step == 2:  # the first two allocate and warm up
-            begin.append(time.perf_counter())
+    def nanogpt_loss():
+        loss = F.cross_entropy(model(ids).view(-1, vocab_size), targets.view(-1))
+        loss.backward()
 
-    if name == "plain":
-        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-        for step in range(1, steps + 3):
-            ids, targets = (t.to(device) for t in tsld.get_batch(tokens, B, T, np.random.default_rng(step)))
-            loss = F.cross_entropy(model(ids).view(-1, vocab_size), targets.flatten())
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            on_step(step, loss.item())
-    elif name == "plain, ours":
-        tsld.train(model, tokens, replace(config, loss="gt"), on_step=on_step)
-    else:
-        student = tsld.quantize_model(copy.deepcopy(model))
-        teacher = None if name == "gt" else model
-        del model
-        tsld.train(student, tokens, config, teacher, on_step=on_step)
-    speed = steps * B * T / (time.perf_counter() - begin[0])
-    print(json.dumps([speed, torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_memory()]))
+    def step(trained, gradients):
+        if trained not in optimizers:
+            optimizers[trained] = tsld.make_optimizer(trained, TrainConfig())
+        gradients()
+        torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
+        optimizers[trained].step()
+        optimizers[trained].zero_grad()
+
+    def step_of(name, dtype):
+        if name == "plain":
+            return lambda: step(model, nanogpt_loss)
+        trained = student if name in LOSSES else model
+        config = TrainConfig(loss=name if name in LOSSES else "gt", dtype=dtype)
+        objective = tsld.TrainingLoss(trained, model, config)
+        return lambda: step(trained, lambda: tsld.add_gradients(objective, [(ids, targets)]))
+
+    return {row: step_of(*row) for row in rows}
 
 
-def bench_training(rounds=3, steps=2):
-    """Tokens per second and peak memory of a training step, each row in processes of its own, in turns."""
+def training_speeds(shape, rows, rounds):
+    """Prints the seconds of a step of each row, measured in turns; for in_new_process."""
+    seconds = seconds_per_call(training_steps(shape, rows), choose_device(None), rounds)
+    print(json.dumps([seconds[row] for row in rows]))
+
+
+def training_memory(shape, row):
+    """Prints the peak of resident bytes of two training steps; for in_new_process."""
+    function = training_steps(shape, [row])[row]
+    function()
+    function()
+    gpu = torch.cuda.is_available()
+    print(json.dumps(torch.cuda.max_memory_allocated() if gpu else peak_memory()))
+
+
+def bench_training(rounds=3):
+    """Tokens per second and peak memory of a training step."""
     fast = default_dtype(choose_device(None))
     rows = [("plain", "float32"), ("plain, ours", "float32")]
     rows += [(loss, dtype) for dtype in dict.fromkeys(("float32", fast)) for loss in LOSSES]
     for shape in TRAINING_SHAPES:
-        measured = {row: [] for row in rows}
-        for _ in range(rounds):
-            for row in rows:
-                measured[row].append(in_new_process("training_step", shape, *row, steps))
         n_layer, n_embd, _, vocab_size, B, T = shape
         title = f"training, {n_layer} x {n_embd}, vocabulary {vocab_size}, batch {B} x {T}"
-        print(f"\n{title:52}{'tokens/s':>14}{'ratio':>8}{'peak MB':>10}{'ratio':>8}")
-        medians = {row: list(map(statistics.median, zip(*runs))) for row, runs in measured.items()}
-        base_speed, base_memory = medians[rows[0]]
-        for (name, dtype), (speed, memory) in medians.items():
-            print(f"  {f'{name}, {dtype}':50}{speed:14,.0f}{speed / base_speed:8.2f}", end="")
-            print(f"{memory / 1e6:10,.0f}{memory / base_memory:8.2f}", flush=True)
+        print(f"\n{title:52}{'tokens/s':>14}{'ratio':>8}{'peak MB':>10}{'ratio':>8}", flush=True)
+        seconds = in_new_process("training_speeds", shape, rows, rounds)
+        memory = []
+        for row, s in zip(rows, seconds):
+            memory.append(in_new_process("training_memory", shape, row))
+            print(f"  {', '.join(row):50}{B * T / s:14,.0f}{seconds[0] / s:8.2f}", end="")
+            print(f"{memory[-1] / 1e6:10,.0f}{memory[-1] / memory[0]:8.2f}", flush=True)
 
 
-def bench_growth(steps=2, tokens=4096):
+def bench_growth(tokens=4096):
     """How a TSLD step of as many tokens grows with the length of the sequences and with the vocabulary."""
     print(f"\n{f'TSLD step, 4 x 256, FP32, {tokens} tokens':52}{'seconds':>14}{'peak MB':>10}")
     for vocab_size in (2048, 16384, 50257):
         for length in (128, 512, 2048):
             shape = (4, 256, 4, vocab_size, tokens // length, length)
-            speed, memory = in_new_process("training_step", shape, "tsld", "float32", steps)
+            (seconds,) = in_new_process("training_speeds", shape, [("tsld", "float32")], 3)
+            memory = in_new_process("training_memory", shape, ("tsld", "float32"))
             title = f"vocabulary {vocab_size:6,}, batch {tokens // length} x {length}"
-            print(f"  {title:50}{tokens / speed:14.2f}{memory / 1e6:10,.0f}", flush=True)
+            print(f"  {title:50}{seconds:14.2f}{memory / 1e6:10,.0f}", flush=True)
 
 
 def bench(args):

@@ -692,7 +692,7 @@ def distillation_loss(name, terms, temperature=10.0, gt_weight=0.0):
 # The same terms at less cost. For GPT-2's vocabulary the logits are the largest tensors of a training step by far;
 # the rest of this section keeps them from ever being there whole. Reading on without it loses nothing of the method.
 
-SCRATCH_BYTES = 2**27  # the logits of one model at a time, float32; three tensors of this size exist at once
+SCRATCH_BYTES = 2**27  # what the logits of one model take at a time, in float32; so twice this for two models
 
 
 def lean_per_token_terms(
@@ -718,9 +718,20 @@ def lean_per_token_terms(
     return Terms(*_LeanTerms.apply(*models, targets, loss, temperature, gt_weight))
 
 
-def _log_probabilities(hidden, head):
-    """(R, C), (V, C) -> float32 (R, V)."""
-    return F.log_softmax((hidden @ head.t()).float(), dim=-1)
+def _log_probabilities(hidden, head, scratch):
+    """(R, C), (V, C) -> float32 (R, V), in the first R rows of scratch. Memory that is used again and again is
+    faster than new memory."""
+    z = scratch[: len(hidden)]
+    if hidden.dtype == z.dtype:
+        torch.mm(hidden, head.t(), out=z)
+    else:
+        z.copy_(hidden @ head.t())
+    return torch.log_softmax(z, dim=-1, out=z)
+
+
+def _probabilities_in_place(log_p):
+    """exp(log_p), as a softmax, which is several times faster than exp on CPUs."""
+    return torch.softmax(log_p, dim=-1, out=log_p)
 
 
 def _weights_of_terms(loss, ce_teacher, temperature, gt_weight):
@@ -740,7 +751,8 @@ def _add_gradients(grad_hidden, grad_head, hidden, head, log_p_student, p_teache
     and these are added to grad_hidden (R, C) and grad_head (V, C). Overwrites the student's log-probabilities.
     """
     a, b = a[:, None], b[:, None]  # (R, 1)
-    grad_z = log_p_student.exp_().mul_(a + b).addcmul_(p_teacher, a, value=-1)  # (R, V)
+    p_student = _probabilities_in_place(log_p_student)
+    grad_z = p_student.mul_(a + b).addcmul_(p_teacher, a, value=-1)  # (R, V)
     grad_z = grad_z.scatter_add_(1, y, -b).to(head.dtype)
     grad_hidden += grad_z @ head
     if grad_head.dtype == head.dtype:
@@ -759,22 +771,24 @@ class _LeanTerms(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.dtype
         h, w, H, W = (x.flatten(0, -2).to(dtype) for x in (hidden, head, teacher_hidden, teacher_head))
         y = targets.reshape(-1, 1)  # (N, 1)
-        rows = max(1, SCRATCH_BYTES // (4 * len(w)))
+        rows = min(B * T, max(1, SCRATCH_BYTES // (4 * len(w))))
         if rows > T:
             rows -= rows % T  # whole sequences: a token scale takes all of its own
         pieces = [slice(begin, begin + rows) for begin in range(0, B * T, rows)]
         ce_student, ce_teacher, kd = torch.zeros(3, B * T, device=h.device)
+        scratch = torch.empty(2, rows, len(w), device=h.device)
         early = loss is not None and any(ctx.needs_input_grad)  # gradients while the logits are there
         gradients = [torch.zeros_like(x, dtype=torch.float32) for x in (h, w)] if early else None
         with torch.autocast(kind, enabled=False):
             if early and loss == "tsld" and rows < T:
                 for piece in pieces:
-                    ce_teacher[piece] = -_log_probabilities(H[piece], W).gather(1, y[piece])[:, 0]
+                    log_P = _log_probabilities(H[piece], W, scratch[1])
+                    ce_teacher[piece] = -log_P.gather(1, y[piece])[:, 0]
             for piece in pieces:
-                log_P = _log_probabilities(H[piece], W)  # (R, V)
+                log_P = _log_probabilities(H[piece], W, scratch[1])  # (R, V)
                 ce_teacher[piece] = -log_P.gather(1, y[piece])[:, 0]
-                P = log_P.exp_()
-                log_p = _log_probabilities(h[piece], w)
+                P = _probabilities_in_place(log_P)
+                log_p = _log_probabilities(h[piece], w, scratch[0])
                 ce_student[piece] = -log_p.gather(1, y[piece])[:, 0]
                 kd[piece] = -torch.einsum("ni,ni->n", P, log_p)
                 if early:
@@ -797,9 +811,11 @@ class _LeanTerms(torch.autograd.Function):
             h, w, H, W, y = ctx.saved_tensors
             grad_hidden, grad_head = (torch.zeros_like(x, dtype=torch.float32) for x in (h, w))
             a, b = grad_kd.flatten(), grad_ce_student.flatten()
+            scratch = torch.empty(2, ctx.pieces[0].stop, len(w), device=h.device)
             with torch.autocast(ctx.kind, enabled=False):
                 for piece in ctx.pieces:
-                    log_p, P = _log_probabilities(h[piece], w), _log_probabilities(H[piece], W).exp_()
+                    P = _probabilities_in_place(_log_probabilities(H[piece], W, scratch[1]))
+                    log_p = _log_probabilities(h[piece], w, scratch[0])
                     rows = y[piece], a[piece], b[piece]
                     _add_gradients(grad_hidden[piece], grad_head, h[piece], w, log_p, P, *rows)
         grad_hidden = grad_hidden.view(ctx.shape).to(ctx.dtypes[0])
@@ -904,6 +920,21 @@ class TrainingLoss(nn.Module):
             return training_loss(self.student, self.frozen[0], ids, targets, self.config)
 
 
+def add_gradients(objective, batch):
+    """Forward and backward pass of a TrainingLoss over the parts of a batch, a list of ids and targets, each
+    (B, T); the weights are quantized once for all of them. Returns the mean loss in nats."""
+    loss_of_batch = 0.0
+    several = isinstance(objective, nn.parallel.DistributedDataParallel)
+    with quantized_once(objective):
+        for i, part in enumerate(batch):
+            last = i + 1 == len(batch)  # processes exchange gradients once per step
+            with objective.no_sync() if several and not last else nullcontext():
+                loss = objective(*part) / len(batch)
+                loss.backward()
+            loss_of_batch += loss.item()
+    return loss_of_batch
+
+
 def processes():
     """This process's rank and the number of processes that train together: 0 and 1 outside of torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -955,16 +986,8 @@ def train(model, tokens, config, teacher=None, checkpoint=None, resume=False, on
         lr = learning_rate(step, config)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        parts = list(zip(*(t[rank::world].to(device).chunk(config.accumulate) for t in (ids, targets))))
-        value = 0.0
-        with quantized_once(model):
-            for i, part in enumerate(parts):
-                last = i + 1 == len(parts)  # gradients are exchanged between processes once per step
-                with nullcontext() if last or world == 1 else objective.no_sync():
-                    loss = objective(*part) / len(parts)
-                    loss.backward()
-                value += loss.item()
-        (value,) = sum_over_processes(value / world)
+        parts = (t[rank::world].to(device).chunk(config.accumulate) for t in (ids, targets))
+        (value,) = sum_over_processes(add_gradients(objective, list(zip(*parts))) / world)
         if not math.isfinite(value):
             where = f"; the last checkpoint is {checkpoint}" if Path(checkpoint or "").is_file() else ""
             raise TrainingDiverged(
