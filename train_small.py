@@ -427,7 +427,8 @@ def train_student(setup, loss, teacher):
         compile_blocks(student)
     path = Path(setup.args.out) / f"student-{loss}.pt"
     config = replace(setup.student, loss=loss)
-    print(f"student, {loss}: {config.steps} steps, kept in {path}", flush=True)
+    terms = "full logits" if loss in ("gt", "l2l") else "lean terms"  # see training_loss
+    print(f"student, {loss}: {config.steps} steps with {terms}, kept in {path}", flush=True)
     label, tokens = f"student, {loss}", setup.tokens["student"]
     return student, train_with_progress(label, student, tokens, config, path, teacher, setup.args.resume)
 

@@ -887,10 +887,14 @@ def make_optimizer(model, config):
 
 
 def training_loss(student, teacher, ids, targets, config):
-    """One of LOSSES on one batch, ids and targets (B, T): both models forward, the terms, the loss."""
+    """One of LOSSES on one batch, ids and targets (B, T): both models forward, the terms, the loss.
+
+    Lean terms, even for a vocabulary of 2,048, where they are already a fifth faster than full logits; except
+    for L2L, which looks between the layers, and for the ground truth alone, which has no teacher.
+    """
     if config.loss == "gt":
         return F.cross_entropy(student(ids).float().flatten(0, 1), targets.flatten())
-    if config.loss == "l2l":  # needs what is between the layers, so it holds full logits too
+    if config.loss == "l2l":
         with torch.no_grad():
             teacher_trace = teacher(ids, trace=True)
         student_trace = student(ids, trace=True)
