@@ -876,6 +876,9 @@ def test_no_gradient_reaches_the_teachers_layers():
 def test_an_unknown_loss_is_refused():
     with pytest.raises(ValueError, match="gt, logit, l2l, logit_gt, tsld"):
         tsld.distillation_loss("mse", tsld.per_token_terms(*example()))
+    student, teacher, targets, _ = lean_example(1, 2, 3, 4, tied=False)
+    with pytest.raises(ValueError, match="gt, logit, l2l, logit_gt, tsld"):
+        tsld.lean_per_token_terms(*student, *teacher, targets, loss="mse")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1499,7 +1502,7 @@ def test_two_processes_train_and_score_as_one(tiny, capsys, tmp_path):
 def test_a_signal_saves_and_says_how_to_go_on(tiny, capsys, tmp_path, monkeypatch, number):
     show = train_small.show_progress
 
-    def interrupted(text, last=False):
+    def interrupted(text, last=False, file=None):
         if text.startswith("student, tsld: step 2/"):
             signal.raise_signal(number)
         show(text, last)

@@ -79,7 +79,7 @@ def download(urls, path, sha256):
                 while chunk := response.read(1 << 18):
                     content += chunk
                     share = f"{len(content) / total:.0%}" if total else f"{len(content):,} bytes"
-                    show_progress(f"downloading {path.name}: {share}", last=len(content) == total)
+                    show_progress(f"downloading {path.name}: {share}", len(content) == total, sys.stderr)
             if hashlib.sha256(content).hexdigest() != sha256:
                 raise OSError("the content does not match its SHA-256")
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -276,13 +276,18 @@ def limit(steps, epochs, config, block_size, tokens):
 # Progress, and leaving early
 
 
-def show_progress(text, last=False, _shown=[0.0]):
+def show_progress(text, last=False, file=None):
     """One line that is written over on a terminal; in a log file a line every 10 seconds."""
-    terminal = sys.stdout.isatty()
+    file = file or sys.stdout
+    terminal = file.isatty()
     now = time.monotonic()
-    if last or now - _shown[0] >= (0.1 if terminal else 10):
-        _shown[0] = now
-        print(f"\r\x1b[K{text}" if terminal else text, end="" if terminal and not last else "\n", flush=True)
+    if last or now - show_progress.at >= (0.1 if terminal else 10):
+        show_progress.at = now
+        start, end = ("\r\x1b[K", "" if not last else "\n") if terminal else ("", "\n")
+        print(start + text, end=end, file=file, flush=True)
+
+
+show_progress.at = -math.inf  # when it last printed
 
 
 @contextmanager

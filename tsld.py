@@ -712,8 +712,10 @@ def lean_per_token_terms(
     loss: the one of LOSSES that the terms will go into, with its temperature and gt_weight. Its gradient is
         then taken while the logits are there, and the terms must not go into another. Without it they may,
         and the backward pass computes the logits again.
-    No gradient flows into the teacher.
+    No gradient flows into the teacher. ValueError: an unknown loss.
     """
+    if loss is not None and loss not in LOSSES:
+        raise ValueError(f"loss must be one of {', '.join(LOSSES)}, not {loss!r}")
     models = student_hidden, student_head, teacher_hidden.detach(), teacher_head.detach()
     return Terms(*_LeanTerms.apply(*models, targets, loss, temperature, gt_weight))
 
