@@ -276,18 +276,19 @@ def limit(steps, epochs, config, block_size, tokens):
 # Progress, and leaving early
 
 
+shown_at = -math.inf  # when show_progress last printed
+
+
 def show_progress(text, last=False, file=None):
     """One line that is written over on a terminal; in a log file a line every 10 seconds."""
+    global shown_at
     file = file or sys.stdout
     terminal = file.isatty()
     now = time.monotonic()
-    if last or now - show_progress.at >= (0.1 if terminal else 10):
-        show_progress.at = now
+    if last or now - shown_at >= (0.1 if terminal else 10):
+        shown_at = now
         start, end = ("\r\x1b[K", "" if not last else "\n") if terminal else ("", "\n")
         print(start + text, end=end, file=file, flush=True)
-
-
-show_progress.at = -math.inf  # when it last printed
 
 
 @contextmanager
