@@ -689,8 +689,8 @@ def distillation_loss(name, terms, temperature=10.0, gt_weight=0.0):
     raise ValueError(f"loss must be one of {', '.join(LOSSES)}, not {name!r}")
 
 
-# The same terms at less cost. For GPT-2's vocabulary the logits are the largest tensors of a training step by far;
-# the rest of this section keeps them from ever being there whole. Reading on without it loses nothing of the method.
+# The same terms at less cost. For GPT-2's vocabulary the logits are the largest tensors of a training step
+# by far; what follows keeps them from ever being there whole. Skipping it loses nothing of the method.
 
 SCRATCH_BYTES = 2**27  # what the logits of one model take at a time, in float32; so twice this for two models
 
