@@ -133,8 +133,8 @@ def test_int4_keeps_weights_of_one_sign_unclipped():
 
 
 def test_training_and_evaluation_quantize_each_weight_once_per_step(monkeypatch):
-    calls, exact = [], tsld.fake_quantize
-    monkeypatch.setattr(tsld, "fake_quantize", lambda *arguments: calls.append(1) or exact(*arguments))
+    calls, exact = [], tsld.ternarize
+    monkeypatch.setattr(tsld, "ternarize", lambda *arguments: calls.append(1) or exact(*arguments))
     student = tsld.quantize_model(micro_gpt())
     calls.clear()
     tsld.train(student, TEXT, replace(BRIEF, steps=2, batch_size=6, accumulate=3), micro_gpt(2))
@@ -175,6 +175,28 @@ def test_quant_linear_computes_with_the_quantized_weight_and_the_exact_bias():
     expected = x.double().numpy() @ (alpha * np.sign(w) * kept).T + layer.bias.detach().double().numpy()
     np.testing.assert_allclose(layer(x).detach().numpy(), expected, rtol=1e-5, atol=1e-6)
     assert layer.weight.requires_grad and "bits=2" in repr(layer)
+
+
+@pytest.mark.parametrize("leading", [(5,), (2, 3), (1, 1, 4)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("bits", [2, 4])
+def test_quant_linear_is_the_product_with_the_fake_quantized_weight_forward_and_backward(bits, bias, leading):
+    layer, x = QuantLinear(7, 4, bias=bias, bits=bits), randn(*leading, 7).requires_grad_()
+    leaves = [x, *layer.parameters()]
+    y, upstream = layer(x), randn(*leading, 4, seed=1)
+    ours = torch.autograd.grad(y, leaves, upstream)
+    expected = nn.functional.linear(x, tsld.fake_quantize(layer.weight, bits), layer.bias)
+    assert torch.equal(y, expected)
+    for gradient, exact in zip(ours, torch.autograd.grad(expected, leaves, upstream), strict=True):
+        torch.testing.assert_close(gradient, exact)
+
+
+def test_a_quantized_layer_keeps_a_byte_a_weight_for_the_backward_pass():
+    layer, kept = QuantLinear(64, 32, bias=False), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        layer(randn(1, 64))
+    size = sum(t.numel() * t.element_size() for t in kept)
+    assert 64 * 32 <= size <= 64 * 32 + 4 * 64 + 4  # codes, x, scale
 
 
 def test_unknown_bits_and_granularity_are_refused():
@@ -1369,6 +1391,32 @@ def test_four_bits_are_trained_too_and_nothing_is_packed(tiny, capsys, tmp_path)
     assert row["bits"] == 4 and row["bytes_packed"] is row["linear_bytes_packed"] is None
 
 
+def test_the_teacher_is_kept_in_bfloat16_where_its_perplexity_is_the_same_to_three_digits(
+    tiny, capsys, monkeypatch
+):
+    taught_by, train = [], tsld.train
+
+    def spy(model, tokens, config, teacher=None, *rest):
+        taught_by.append(None if teacher is None else teacher.wte.weight.dtype)
+        return train(model, tokens, config, teacher, *rest)
+
+    monkeypatch.setattr(tsld, "train", spy)
+    out = run(["--dtype", "bfloat16", *tiny], capsys)
+    assert "teacher for distillation: bfloat16 (perplexity " in out
+    run(["--dtype", "float32", *tiny], capsys)
+    score, factor = train_small.score, {torch.bfloat16: 1.01, torch.float32: 1.0}
+
+    def worse(model, *rest):
+        exact = score(model, *rest)
+        return exact | {"ppl": exact["ppl"] * factor[model.ln_f.weight.dtype]}
+
+    monkeypatch.setattr(train_small, "score", worse)
+    out = run(["--dtype", "bfloat16", *tiny], capsys)
+    assert "teacher for distillation: float32; in bfloat16 (perplexity " in out
+    assert taught_by[::2] == [None] * 3  # the teachers' own training
+    assert taught_by[1::2] == [torch.bfloat16, torch.float32, torch.float32]
+
+
 def test_every_ternary_student_is_saved_packed_and_generates_text(tiny, capsys, tmp_path):
     assert "--generate" in run(["--loss", "all", *tiny], capsys)
     tokenizer = train_small.load_tokenizer("bpe2048")
@@ -1426,7 +1474,7 @@ def test_the_benchmarked_steps_train_the_right_model(row, monkeypatch):
     before = [copy.deepcopy(model.state_dict()) for model in made]
     step()
     changed = [not torch.equal(state["wte.weight"], m.wte.weight) for state, m in zip(before, made)]
-    assert changed == ([False, True] if row[0] == "tsld" else [True])
+    assert changed == [row[0] != "tsld", row[0] == "tsld"]  # the full-precision model, the student
 
 
 def student_weights(folder):

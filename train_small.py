@@ -12,6 +12,7 @@ import collections
 import copy
 import hashlib
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -426,9 +427,24 @@ def quantized_copy(model, args):
     return tsld.quantize_model(copy.deepcopy(model), args.bits, args.granularity)
 
 
-def train_student(setup, loss, teacher):
-    """The student starts as the quantized teacher. Returns it and the seconds that its training took."""
-    student = quantized_copy(teacher, setup.args)
+def frozen_teacher(setup, teacher, perplexity):
+    """The teacher as the students see it: where products are taken in bfloat16, a copy that is stored in it, if
+    its perplexity on the validation text is the same to three digits; else the teacher itself."""
+    if setup.student.dtype == "float32":
+        return teacher
+    half = copy.deepcopy(teacher).to(torch.bfloat16)
+    there = score(half, setup.tokens["valid"], setup.tokenizer, setup.gpt.block_size)["ppl"]
+    same = f"{there:.3g}" == f"{perplexity:.3g}"
+    figures = f"perplexity {there:.2f}, in float32 {perplexity:.2f}"
+    print(
+        f"teacher for distillation: {'bfloat16' if same else 'float32; in bfloat16'} ({figures})", flush=True
+    )
+    return half if same else teacher
+
+
+def train_student(setup, loss, student, teacher):
+    """The student comes as a copy of the teacher, and is quantized. Returns the seconds its training took."""
+    tsld.quantize_model(student, setup.args.bits, setup.args.granularity)
     if setup.args.compile:
         compile_blocks(student)
     path = Path(setup.args.out) / f"student-{loss}.pt"
@@ -436,7 +452,7 @@ def train_student(setup, loss, teacher):
     terms = "full logits" if loss in ("gt", "l2l") else "lean terms"  # see training_loss
     print(f"student, {loss}: {config.steps} steps with {terms}, kept in {path}", flush=True)
     label, tokens = f"student, {loss}", setup.tokens["student"]
-    return student, train_with_progress(label, student, tokens, config, path, teacher, setup.args.resume)
+    return train_with_progress(label, student, tokens, config, path, teacher, setup.args.resume)
 
 
 def run(args):
@@ -450,9 +466,13 @@ def run(args):
     packed, linear_packed = pack(ptq, out / "rounded.packed")
     table = [("teacher", scores["teacher"], fp32)]
     table.append((f"teacher in {args.bits} bits, untrained", scores["ptq"], packed or fp32))
-    results = []
-    for loss in LOSSES if args.loss == "all" else (args.loss,):
-        student, seconds = train_student(setup, loss, teacher)
+    del ptq
+    frozen = frozen_teacher(setup, teacher, scores["teacher"]["valid"]["ppl"])
+    losses, results = LOSSES if args.loss == "all" else (args.loss,), []
+    for loss in losses:
+        reuse = loss == losses[-1] and frozen is not teacher  # nobody needs the float32 teacher any more
+        student = teacher if reuse else copy.deepcopy(teacher)
+        seconds = train_student(setup, loss, student, frozen)
         scores["student"] = setup.score(student)
         packed, linear_packed = pack(student, out / f"student-{loss}.packed")
         table.append((f"student, {loss}", scores["student"], packed or fp32))
@@ -583,23 +603,30 @@ def print_ratios(title, unit, values, larger_is_better=False):
 
 
 def bench_bandwidth(device):
-    """Bytes per second that this machine reads from memory."""
-    block = torch.zeros(2**26, device=device)  # 268 MB, beyond any cache
-    return 4 * block.numel() / seconds_per_call({"sum": block.sum}, device)["sum"]
+    """Bytes per second that this machine reads from memory, in as many streams as the packed model does."""
+    block = torch.zeros(2**14, 2**12, device=device)  # 268 MB, beyond most caches
+    total = torch.compile(lambda block: tsld.in_streams(lambda rows: rows.sum(1), block, 8), dynamic=False)
+    return 4 * block.numel() / seconds_per_call({"sum": lambda: total(block)}, device)["sum"]
 
 
 def bench_matvec(device, bandwidth):
-    """One row of activations times a weight matrix: what generating a token consists of."""
+    """One row of activations times a weight matrix: what generating a token consists of. As there, the weights of
+    every product come from memory: each contestant goes through copies that no cache holds together."""
     product = torch.compile(tsld.ternary_matmul, dynamic=False, options=tsld.COMPILE_OPTIONS)
     for shape in ((2304, 768), (3072, 768), (768, 3072), (4096, 4096)):
         codes = torch.randint(-1, 2, shape, dtype=torch.int8, device=device)
-        scale = torch.ones(1, 1, device=device)
-        packed, weight, x = tsld.pack_ternary(codes), codes.float(), torch.randn(1, shape[1], device=device)
-        half, half_x = weight.bfloat16(), x.bfloat16()
+        scale, x = torch.ones(1, 1, device=device), torch.randn(1, shape[1], device=device)
+        packed, half_x = tsld.pack_ternary(codes), x.bfloat16()
+        copies = math.ceil(2**29 / (4 * codes.numel()))  # 0.5 GB in FP32
+
+        def in_turn(product, weight):
+            weights = itertools.cycle([weight.clone() for _ in range(copies)])
+            return lambda: product(next(weights))
+
         functions = {
-            "torch FP32 linear": lambda: F.linear(x, weight),
-            "torch bf16 linear": lambda: F.linear(half_x, half),
-            "packed, compiled": lambda: product(x, packed, scale),
+            "torch FP32 linear": in_turn(lambda weight: F.linear(x, weight), codes.float()),
+            "torch bf16 linear": in_turn(lambda weight: F.linear(half_x, weight), codes.bfloat16()),
+            "packed, compiled": in_turn(lambda weight: product(x, weight, scale), packed),
         }
         values = {name: 1e6 * seconds for name, seconds in seconds_per_call(functions, device).items()}
         values["bandwidth alone, packed"] = 1e6 * packed.numel() / bandwidth
@@ -700,14 +727,12 @@ def training_steps(shape, rows):
     torch.manual_seed(0)
     model = GPT(GPTConfig(T, vocab_size, n_layer, n_head, n_embd)).to(device)
     ids, targets = torch.randint(vocab_size, (2, B, T), device=device)
-    student = None
-    if any(name in LOSSES for name, _ in rows):
-        alone = all(name == "gt" for name, _ in rows)  # without a teacher
-        student = tsld.quantize_model(model if alone else copy.deepcopy(model))
+    student, half = tsld.quantize_model(copy.deepcopy(model)), copy.deepcopy(model).to(torch.bfloat16)
     optimizers = {}
 
     def nanogpt_loss():
-        loss = F.cross_entropy(model(ids).view(-1, vocab_size), targets.view(-1))
+        logits = model(ids)  # there until the backward pass is over
+        loss = F.cross_entropy(logits.view(-1, vocab_size), targets.view(-1))
         loss.backward()
 
     def step(trained, gradients):
@@ -722,8 +747,9 @@ def training_steps(shape, rows):
         if name == "plain":
             return lambda: step(model, nanogpt_loss)
         trained = student if name in LOSSES else model
+        teacher = half if dtype == "bfloat16" else model  # see frozen_teacher
         config = TrainConfig(loss=name if name in LOSSES else "gt", dtype=dtype)
-        objective = tsld.TrainingLoss(trained, model, config)
+        objective = tsld.TrainingLoss(trained, None if config.loss == "gt" else teacher, config)
         return lambda: step(trained, lambda: tsld.add_gradients(objective, [(ids, targets)]))
 
     return {row: step_of(*row) for row in rows}

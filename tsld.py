@@ -107,17 +107,21 @@ def quantize_int4(weight, granularity="tensor"):
     return codes.to(torch.uint8), scale, zero_point.to(torch.int32)
 
 
+def _quantize(weight, bits, granularity):
+    return ternarize(weight, granularity) if bits == 2 else quantize_int4(weight, granularity)
+
+
+def _dequantize(codes, scale, zero_point=None):
+    return scale * (codes if zero_point is None else codes - zero_point)
+
+
 class _StraightThrough(torch.autograd.Function):
     """Rounding has gradient 0 almost everywhere and would stop all learning, so the backward pass leaves it
     out: forward w → ŵ, backward ∂L/∂w := ∂L/∂ŵ (the straight-through estimator)."""
 
     @staticmethod
     def forward(ctx, weight, bits, granularity):
-        if bits == 2:
-            codes, scale = ternarize(weight, granularity)
-            return (scale * codes).to(weight.dtype)
-        codes, scale, zero_point = quantize_int4(weight, granularity)
-        return (scale * (codes - zero_point)).to(weight.dtype)
+        return _dequantize(*_quantize(weight, bits, granularity)).to(weight.dtype)
 
     @staticmethod
     def backward(ctx, grad_output):
@@ -135,19 +139,49 @@ def fake_quantize(weight, bits=2, granularity="tensor"):
     return _StraightThrough.apply(weight, bits, granularity)
 
 
+def _product_dtype(x):
+    """The type that autocast takes matrix products in; without it x's own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+class _QuantizedProduct(torch.autograd.Function):
+    """F.linear(x, fake_quantize(weight), bias), straight through as well; but of ŵ it keeps only the codes
+    for the backward pass, a byte a weight."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, *quantized):
+        ctx.dtype = _product_dtype(x)
+        x = x.to(ctx.dtype)
+        ctx.save_for_backward(x, *quantized)
+        bias = None if bias is None else bias.to(ctx.dtype)
+        return F.linear(x, _dequantize(*quantized).to(ctx.dtype), bias)
+
+    @staticmethod
+    def backward(ctx, grad_y):  # (..., out)
+        x, *quantized = ctx.saved_tensors
+        grad_x = grad_y @ _dequantize(*quantized).to(ctx.dtype)  # (..., in)
+        grad_y = grad_y.flatten(0, -2)
+        grad_weight = grad_y.t() @ x.flatten(0, -2)  # (out, in): ∂L/∂ŵ
+        return (
+            grad_x,
+            grad_weight,
+            grad_y.sum(0) if ctx.needs_input_grad[2] else None,
+            *[None] * len(quantized),
+        )
+
+
 class QuantLinear(nn.Linear):
     """A linear layer that trains its weight in full precision and computes with the quantized one."""
 
     def __init__(self, in_features, out_features, bias=True, bits=2, granularity="tensor"):
         super().__init__(in_features, out_features, bias=bias)
         self.bits, self.granularity = bits, granularity
-        self.quantized = None  # the quantized weight, within quantized_once
+        self.quantized = None  # codes and what dequantizes them, within quantized_once
 
     def forward(self, x):  # (..., in) -> (..., out)
-        weight = self.quantized
-        if weight is None:
-            weight = fake_quantize(self.weight, self.bits, self.granularity)
-        return F.linear(x, weight, self.bias)
+        quantized = self.quantized or _quantize(self.weight, self.bits, self.granularity)
+        return _QuantizedProduct.apply(x, self.weight, self.bias, *quantized)
 
     def extra_repr(self):
         return f"{super().extra_repr()}, bits={self.bits}, granularity={self.granularity!r}"
@@ -158,7 +192,7 @@ def quantized_once(model):
     """Within, the weights must not change, and each QuantLinear of the model quantizes its own only once."""
     layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
     for layer in layers:
-        layer.quantized = fake_quantize(layer.weight, layer.bits, layer.granularity)
+        layer.quantized = _quantize(layer.weight, layer.bits, layer.granularity)
     try:
         yield
     finally:
@@ -272,14 +306,28 @@ def ternary_matmul(x, packed, scale):
     if len(rows) == 1:
         K = packed.shape[1]
         quarters = F.pad(rows[0], (0, 4 * K - rows.shape[1])).view(4, K)  # of x, like those of the weight
-        p = packed.int()  # (out, K)
-        # p & (3 << 2j) is (code + 1) · 4^j. Dividing by 4^j after the sum over K is cheaper than shifting.
-        y = sum(((p & 3 << 2 * j) * quarters[j]).sum(1) / 4**j for j in range(4))
-        y = (y - rows.sum())[None]  # Σ (code + 1) · x - Σ x
+
+        def product(packed):  # (R, K) -> (R,)
+            p = packed.int()
+            # p & (3 << 2j) is (code + 1) · 4^j. Dividing x by 4^j, once for all rows, is cheaper than shifting.
+            return sum((p & 3 << 2 * j) * (quarters[j] / 4**j) for j in range(4)).sum(1)
+
+        y = (in_streams(product, packed, 4) - rows.sum())[None]  # Σ (code + 1) · x - Σ x
     else:
         blocks = packed.split(1024)
         y = torch.cat([rows @ unpack_ternary(block, rows.shape[1]).float().t() for block in blocks], dim=1)
     return (y * scale.flatten()).to(x.dtype).view(*x.shape[:-1], len(packed))
+
+
+def in_streams(product, weight, streams):
+    """product(weight), (out,), with the rows of the weight, (out, ...), taken from several places at once: a
+    processor fetches ahead in each of them, and gets more out of memory than from one place."""
+    R = math.ceil(len(weight) / streams)
+    parts = []
+    for begin in range(0, R * streams, R):
+        first = min(begin, len(weight) - R)  # the last ones overlap those before, to be R rows as well
+        parts.append(product(weight[first : first + R])[begin - first :])
+    return torch.cat(parts)
 
 
 COMPILE_OPTIONS = {
@@ -318,7 +366,7 @@ class HalfHead(nn.Module):
     def forward(self, x):  # (..., C) -> (..., V) float32
         rows = x.reshape(-1, x.shape[-1]).float()
         if len(rows) == 1 and torch.compiler.is_compiling():  # one loop over the bytes, as in ternary_matmul
-            y = (rows * self.weight).sum(1)[None]
+            y = in_streams(lambda weight: (rows * weight).sum(1), self.weight, 8)[None]
         else:
             y = torch.cat([rows @ block.float().t() for block in self.weight.split(4096)], dim=1)
         return y.view(*x.shape[:-1], len(self.weight))
@@ -769,8 +817,7 @@ class _LeanTerms(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, head, teacher_hidden, teacher_head, targets, loss, temperature, gt_weight):
-        kind, (B, T) = hidden.device.type, targets.shape
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.dtype
+        kind, (B, T), dtype = hidden.device.type, targets.shape, _product_dtype(head)
         h, w, H, W = (x.flatten(0, -2).to(dtype) for x in (hidden, head, teacher_hidden, teacher_head))
         y = targets.reshape(-1, 1)  # (N, 1)
         rows = min(B * T, max(1, SCRATCH_BYTES // (4 * len(w))))
