@@ -5,6 +5,8 @@ library."""
 import collections
 import copy
 import hashlib
+import importlib.util
+import io
 import json
 import math
 import os
@@ -12,8 +14,11 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.request
 from dataclasses import replace
 from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: nothing here may use a network
 
 import numpy as np
 import pytest
@@ -23,7 +28,7 @@ from torch.nn import functional as F
 
 import train_small
 import tsld
-from tsld import GPT, GPTConfig, QuantLinear, Terms, TrainConfig
+from tsld import GPT, GPTConfig, QuantLinear, TrainConfig
 
 torch.set_num_threads(1)  # the tensors here are tiny: two threads would only wait for one another
 
@@ -53,6 +58,13 @@ def softmax64(logits):
     z = np.asarray(logits, np.float64)
     z = np.exp(z - z.max(-1, keepdims=True))
     return z / z.sum(-1, keepdims=True)
+
+
+class Payload:
+    """What a malicious pickle holds: loading it with its code makes a file."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("executed"),)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -553,20 +565,148 @@ def test_gpt_is_gpt2(T):
     )
 
 
-def test_gpt_agrees_with_transformers_gpt2():
+def published(state, prefix):
+    """The state of one of our GPTs as the published files have it: linear weights (in, out); the causal mask as
+    well; in one of two layouts, bare or with a prefix and the tied head."""
+    file, size = {}, state["wpe.weight"].shape[0]
+    for name, tensor in state.items():
+        if name != "lm_head.weight":
+            linear = name.startswith("h.") and tensor.dim() == 2
+            file[prefix + name] = tensor.t().clone() if linear else tensor
+    for layer in range(MICRO.n_layer):
+        file[f"{prefix}h.{layer}.attn.bias"] = torch.ones(size, size).tril()[None, None]
+        file[f"{prefix}h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+    if prefix:
+        file["lm_head.weight"] = state["wte.weight"]
+    return file
+
+
+def write_published(folder, file, n_head=MICRO.n_head, **how):
+    torch.save(file, folder / "pytorch_model.bin", **how)
+    (folder / "config.json").write_text(json.dumps({"n_head": n_head, "n_layer": 99}))
+    return folder / "pytorch_model.bin"
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+def test_published_weights_are_read_in_both_layouts(prefix, zipped, tmp_path):
+    model, ids = micro_gpt(), micro_ids()
+    path = write_published(
+        tmp_path, published(model.state_dict(), prefix), _use_new_zipfile_serialization=zipped
+    )
+    for source in (path, tmp_path, str(tmp_path)):
+        loaded = GPT.from_pretrained(source)
+        assert loaded.config == MICRO and not loaded.training
+        assert loaded.lm_head.weight is loaded.wte.weight and loaded.wte.weight.requires_grad
+        assert torch.equal(loaded(ids), model(ids))
+    short = GPT.from_pretrained(tmp_path, block_size=5, dropout=0.3)
+    assert short.config == replace(MICRO, block_size=5, dropout=0.3)
+    assert torch.equal(short(ids[:, :5]), model(ids[:, :5]))
+    with pytest.raises(ValueError, match="8 positions, not 9"):
+        GPT.from_pretrained(tmp_path, block_size=9)
+
+
+def test_heads_are_64_wide_where_no_config_says_otherwise(tmp_path):
+    for width, heads in ((128, 2), (64, 1)):
+        path = write_published(tmp_path, published(micro_gpt(n_embd=width).state_dict(), ""))
+        (tmp_path / "config.json").unlink()
+        assert GPT.from_pretrained(path).config.n_head == heads
+    path = write_published(tmp_path, published(micro_gpt().state_dict(), ""), n_head=5)
+    for _ in range(2):
+        with pytest.raises(tsld.CheckpointError, match="needs a config.json beside it that says n_head"):
+            GPT.from_pretrained(path)
+        (tmp_path / "config.json").unlink(missing_ok=True)
+    for damaged in ("{", "[]", "{}"):
+        (tmp_path / "config.json").write_text(damaged)
+        with pytest.raises(tsld.CheckpointError, match="config.json does not say n_head"):
+            GPT.from_pretrained(path)
+
+
+@pytest.mark.parametrize("size", ["tiny", "0.1B"])
+@pytest.mark.parametrize("layout", ["bare", "with head"])
+def test_logits_are_those_of_transformers_gpt2_from_the_same_file(size, layout, tmp_path):
     transformers = pytest.importorskip("transformers")
+    small = {"vocab_size": 101, "n_positions": 32, "n_embd": 24, "n_layer": 3, "n_head": 4}
     torch.manual_seed(0)
-    theirs = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(vocab_size=101, n_positions=32, n_embd=24, n_layer=3, n_head=4)
-    ).eval()
-    ours = GPT(GPTConfig(block_size=32, vocab_size=101, n_layer=3, n_head=4, n_embd=24)).eval()
-    state = {}
-    for name, tensor in theirs.transformer.state_dict().items():
-        transposed = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
-        state[name] = tensor.t() if transposed else tensor
-    ours.load_state_dict({**state, "lm_head.weight": state["wte.weight"]})
-    ids = torch.randint(101, (2, 32))
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**small if size == "tiny" else {})).eval()
+    for parameter in theirs.parameters():  # biases and norms as well
+        parameter.data.add_(torch.randn_like(parameter), alpha=0.02)
+    state = (theirs if layout == "with head" else theirs.transformer).state_dict()
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    theirs.config.save_pretrained(tmp_path)
+    ours = GPT.from_pretrained(tmp_path)
+    assert ours.config.n_head == (4 if size == "tiny" else 12)
+    ids = torch.randint(theirs.config.vocab_size, (2, 32))
     torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_published_weights_that_are_not_gpt2s_are_refused_by_name(tmp_path):
+    good = published(micro_gpt().state_dict(), "")
+    without = {name: tensor for name, tensor in good.items() if name != "h.1.ln_2.bias"}
+    other = torch.zeros(17, 12)
+    for file, words in (
+        (without, r"h\.1\.ln_2\.bias has shape missing there and \(12,\) here"),
+        (good | {"h.0.extra": other}, r"h\.0\.extra has shape \(17, 12\) there and missing here"),
+        (good | {"h.0.mlp.c_fc.bias": torch.zeros(47)}, r"h\.0\.mlp\.c_fc\.bias has shape \(47,\) there"),
+        (good | {"lm_head.weight": other}, "lm_head.weight is not wte.weight"),
+        ({"weight": other}, "no matrix wte.weight"),
+        ({"wte.weight": 3}, "no named tensors"),
+        ([other], "no named tensors"),
+    ):
+        path = write_published(tmp_path, file)
+        with pytest.raises(tsld.CheckpointError, match=words):
+            GPT.from_pretrained(path)
+    with pytest.raises(OSError, match="nowhere"):
+        GPT.from_pretrained("nowhere")
+
+
+def test_published_weights_that_are_truncated_or_would_run_code_are_refused_and_run_nothing(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    good = published(micro_gpt().state_dict(), "")
+    for zipped in (True, False):
+        path = write_published(tmp_path, good, _use_new_zipfile_serialization=zipped)
+        content = path.read_bytes()
+        for length in (0, 1, 100, len(content) // 2, len(content) - 30):
+            path.write_bytes(content[:length])
+            with pytest.raises(tsld.CheckpointError, match="truncated or holds more than plain values"):
+                GPT.from_pretrained(path)
+        write_published(tmp_path, good | {"extra": Payload()}, _use_new_zipfile_serialization=zipped)
+        with pytest.raises(tsld.CheckpointError, match="holds more than plain values"):
+            GPT.from_pretrained(path)
+    assert not Path("executed").exists()
+
+
+def test_published_weights_are_downloaded_once_whole_and_checked(tmp_path, monkeypatch):
+    content = write_published(
+        tmp_path, published(micro_gpt(n_embd=64, n_head=1).state_dict(), "")
+    ).read_bytes()
+    served, asked, seen = {"cut": 0}, [], []
+
+    class Response(io.BytesIO):
+        headers = {"Content-Length": str(len(content))}
+
+    def serve(url, timeout):
+        asked.append(url)
+        return Response(content[: len(content) - served["cut"]])
+
+    monkeypatch.setattr(urllib.request, "urlopen", serve)
+    monkeypatch.setattr(tsld, "WEIGHTS", tmp_path / "weights")
+    monkeypatch.setattr(tsld, "PUBLISHED", {"gpt2": hashlib.sha256(content).hexdigest(), "gpt2-xl": None})
+    served["cut"] = 1
+    with pytest.raises(ConnectionError, match="huggingface.co: the connection broke off after"):
+        GPT.from_pretrained("gpt2-xl")
+    served["cut"] = 0
+    model = GPT.from_pretrained("gpt2", progress=lambda done, total: seen.append((done, total)))
+    assert model.config.n_embd == 64 and seen[-1] == (len(content), len(content))
+    assert asked[-1] == "https://huggingface.co/openai-community/gpt2/resolve/main/pytorch_model.bin"
+    GPT.from_pretrained("gpt2")
+    assert len(asked) == 2 and os.listdir(tmp_path / "weights") == ["gpt2.bin"]
+    monkeypatch.setattr(tsld, "PUBLISHED", {"gpt2-medium": "0" * 64})
+    with pytest.raises(ConnectionError, match="does not match its SHA-256"):
+        GPT.from_pretrained("gpt2-medium")
+    assert os.listdir(tmp_path / "weights") == ["gpt2.bin"]
 
 
 def test_default_config_is_gpt2_small():
@@ -1089,11 +1229,6 @@ def test_every_changed_or_missing_byte_of_a_file_is_noticed(tmp_path):
             tsld.read_file(path)
 
 
-class Payload:
-    def __reduce__(self):
-        return Path.touch, (Path("executed"),)
-
-
 def test_a_file_that_would_run_code_is_refused_and_runs_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tsld.write_file("file.pt", {"identity": Payload()})
@@ -1162,6 +1297,116 @@ def test_evaluation_takes_many_blocks_at_a_time_and_objects_with_logits():
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Other model families, of transformers
+
+SMALL = {"vocab_size": 17, "max_position_embeddings": 16}
+FAMILIES = {  # configuration, and the linear layers of one block, as their authors name them
+    "GPT2LMHeadModel": (
+        {"vocab_size": 17, "n_positions": 16, "n_embd": 12, "n_layer": 2, "n_head": 2},
+        "transformer.h.{}.: attn.c_attn attn.c_proj mlp.c_fc mlp.c_proj",
+    ),
+    "OPTForCausalLM": (
+        SMALL
+        | {"hidden_size": 12, "ffn_dim": 20, "num_hidden_layers": 2, "num_attention_heads": 2}
+        | {"word_embed_proj_dim": 12},
+        "model.decoder.layers.{}.: self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.out_proj fc1 fc2",
+    ),
+    "GPTNeoForCausalLM": (
+        SMALL
+        | {"hidden_size": 12, "num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]]}
+        | {"window_size": 4},
+        "transformer.h.{}.: attn.attention.q_proj attn.attention.k_proj attn.attention.v_proj "
+        "attn.attention.out_proj mlp.c_fc mlp.c_proj",
+    ),
+    "LlamaForCausalLM": (
+        SMALL
+        | {"hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 2},
+        "model.layers.{}.: self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj "
+        "mlp.gate_proj mlp.up_proj mlp.down_proj",
+    ),
+}
+
+
+def family(name, seed=0, attention="eager"):
+    transformers = pytest.importorskip("transformers")
+    kind = getattr(transformers, name)
+    torch.manual_seed(seed)
+    config = kind.config_class(**FAMILIES[name][0], use_cache=False)
+    config._attn_implementation = attention
+    model = kind(config).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_another_familys_student_is_quantized_distilled_packed_and_saved(name, tmp_path):
+    teacher = family(name)
+    student = tsld.quantize_model(copy.deepcopy(teacher))
+    prefix, layers = FAMILIES[name][1].split(": ")
+    expected = {prefix.format(i) + layer for i in range(2) for layer in layers.split()}
+    assert {n for n, m in student.named_modules() if isinstance(m, QuantLinear)} == expected
+    assert type(student.get_output_embeddings()) is nn.Linear
+    assert not any(
+        isinstance(m, nn.Linear) and not isinstance(m, QuantLinear)
+        for n, m in student.named_modules()
+        if n != "lm_head"
+    )
+
+    ids, targets = micro_ids(8, 8), micro_ids(8, 8, seed=1)
+    lost = student(ids).logits - teacher(ids).logits
+    losses = []
+    config = TrainConfig(steps=20, batch_size=16, block_size=8, lr=0.02)
+    tsld.train(student, TEXT, config, teacher, on_step=lambda step, loss: losses.append(loss))
+    with torch.no_grad():
+        floor = tsld.distillation_loss("tsld", tsld.per_token_terms(teacher(ids), teacher(ids), targets))
+    assert np.mean(losses[-3:]) - floor < 0.6 * (losses[0] - floor)  # what is left above the least possible
+    assert (student(ids).logits - teacher(ids).logits).pow(2).mean() < lost.pow(2).mean()
+    assert tsld.evaluate(student, TEXT, 8) > 0
+
+    with torch.no_grad():
+        before, packed = student(ids).logits, tsld.pack_model(student)
+        torch.testing.assert_close(packed(ids).logits, before, rtol=1e-4, atol=1e-4)
+        tsld.save_model(tmp_path / "model.packed", packed)
+        loaded = tsld.load_model(tmp_path / "model.packed", into=family(name, seed=1))
+        torch.testing.assert_close(loaded(ids).logits, before, rtol=0.02, atol=0.02)
+        text = loaded.generate(ids[:1, :4], max_new_tokens=3, do_sample=False, pad_token_id=0)
+    assert text.shape == (1, 7)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("loss", ["gt", "logit", "l2l", "logit_gt", "tsld"])
+def test_another_familys_losses_are_those_of_its_logits(name, loss):
+    teacher, student = family(name), family(name, seed=1)
+    ids, targets = micro_ids(3, 8), micro_ids(3, 8, seed=1)
+    config = TrainConfig(loss=loss)
+    ask = {"output_hidden_states": True, "output_attentions": True}
+    traces = [model(ids, **ask) for model in (student, teacher)]
+    terms = tsld.per_token_terms(traces[0].logits, traces[1].logits, targets)
+    layers = sum(F.mse_loss(s, t) for s, t in zip(*(trace.hidden_states for trace in traces)))
+    for s, t in zip(*(trace.attentions for trace in traces)):  # the future has probability 0 in both
+        layers = layers + (s - t).square().sum() / (3 * 2 * 8 * 9 / 2)
+    expected = tsld.distillation_loss(loss, terms._replace(layers=layers))
+    lean = tsld.has_lean_terms(student, loss)
+    assert lean == (loss in ("logit", "logit_gt", "tsld"))
+    for way in {lean, False}:
+        ours = tsld.training_loss(student, teacher, ids, targets, config, way)
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_layer_to_layer_distillation_needs_eager_attention():
+    student, ids = family("GPT2LMHeadModel", attention="sdpa"), micro_ids()
+    with pytest.raises(ValueError, match="attn_implementation='eager'"):
+        tsld.training_loss(student, student, ids, ids, TrainConfig(loss="l2l"))
+
+
+def test_logits_that_are_more_than_hidden_times_head_are_not_taken_for_it():
+    student = family("LlamaForCausalLM")
+    student.lm_head.register_forward_hook(lambda module, inputs, logits: 30 * torch.tanh(logits / 30))
+    assert not tsld.has_lean_terms(student, "tsld")
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Data and vocabulary
 
 
@@ -1175,7 +1420,7 @@ def no_network(monkeypatch):
         assert timeout == 10
         raise OSError("no route to host")
 
-    monkeypatch.setattr(train_small.urllib.request, "urlopen", refuse)
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
 
 
 @pytest.fixture
@@ -1404,13 +1649,12 @@ def test_the_teacher_is_kept_in_bfloat16_where_its_perplexity_is_the_same_to_thr
     out = run(["--dtype", "bfloat16", *tiny], capsys)
     assert "teacher for distillation: bfloat16 (perplexity " in out
     run(["--dtype", "float32", *tiny], capsys)
-    score, factor = train_small.score, {torch.bfloat16: 1.01, torch.float32: 1.0}
+    evaluate, loss = tsld.evaluate, {torch.bfloat16: math.log(1.01), torch.float32: 0.0}
 
     def worse(model, *rest):
-        exact = score(model, *rest)
-        return exact | {"ppl": exact["ppl"] * factor[model.ln_f.weight.dtype]}
+        return evaluate(model, *rest) + loss[model.ln_f.weight.dtype]
 
-    monkeypatch.setattr(train_small, "score", worse)
+    monkeypatch.setattr(tsld, "evaluate", worse)
     out = run(["--dtype", "bfloat16", *tiny], capsys)
     assert "teacher for distillation: float32; in bfloat16 (perplexity " in out
     assert taught_by[::2] == [None] * 3  # the teachers' own training
@@ -1586,6 +1830,7 @@ BAD_FLAGS = [
     ["--bits", "3"],
     ["--granularity", "row"],
     ["--model", "gpt3"],
+    ["--figures"],
     ["--steps", "0"],
     ["--steps", "many"],
     ["--batch-size", "-1"],
@@ -1705,13 +1950,146 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_the_last_good_checkpo
     assert tsld.read_file(tmp_path / "out" / "student-tsld.pt")["step"] == 2
 
 
-def test_a_gpu_without_gpt2s_vocabulary_uses_tiny_and_says_so(monkeypatch, capsys):
+def source(argv, device):
+    args = train_small.parse(argv)
+    return train_small.choose_source(args, torch.device(device))
+
+
+def test_a_gpu_without_gpt2s_vocabulary_or_weights_uses_tiny_and_says_so(
+    monkeypatch, capsys, no_network, tmp_path
+):
     def unreachable(name):
         raise ConnectionError("no route to host")
 
+    monkeypatch.setattr(tsld, "WEIGHTS", tmp_path)
+    for encoding in (unreachable, lambda name: None):
+        monkeypatch.setattr(train_small.tiktoken, "get_encoding", encoding)
+        found = source([], "cuda")
+        assert (found.name, found.tokenizer.name, found.init) == ("tiny", "bpe2048", "scratch")
+        assert "model: tiny, instead of gpt2: " in capsys.readouterr().out
+    with pytest.raises(train_small.UserError, match="no route to host.*--init scratch"):
+        source(["--model", "gpt2"], "cuda")  # pretrained is the default
     monkeypatch.setattr(train_small.tiktoken, "get_encoding", unreachable)
-    name, tokenizer = train_small.choose_model(None, torch.device("cuda"))
-    assert (name, tokenizer.name) == ("tiny", "bpe2048") and "instead of gpt2" in capsys.readouterr().out
     with pytest.raises(train_small.UserError, match="--model tiny"):
-        train_small.choose_model("gpt2", torch.device("cuda"))
-    assert train_small.choose_model(None, torch.device("cpu"))[0] == "tiny"
+        source(["--model", "gpt2"], "cuda")
+    assert source([], "cpu").name == "tiny"
+
+
+def test_published_weights_start_the_teacher_and_their_absence_is_one_clear_line(
+    tiny, capsys, monkeypatch, tmp_path, no_network
+):
+    monkeypatch.setattr(tsld, "WEIGHTS", tmp_path)
+    monkeypatch.setattr(
+        train_small, "load_tokenizer", lambda name, exact=train_small.load_tokenizer: exact("bpe2048")
+    )
+    small = replace(train_small.PRESETS["tiny"], tokenizer="gpt2")
+    monkeypatch.setitem(train_small.PRESETS, "gpt2", small)
+    refused(["--model", "gpt2", *tiny], capsys, "go online once, or use --init scratch")
+    refused(["--model", "tiny", "--init", "pretrained", *tiny], capsys, "--init pretrained")
+    torch.manual_seed(5)
+    weights = GPT(replace(small.gpt, n_embd=64, block_size=20))
+    torch.save(published(weights.state_dict(), ""), tmp_path / "gpt2.bin")
+    found = source(["--model", "gpt2"], "cpu")
+    assert found.init == "pretrained" and found.model.config.block_size == small.gpt.block_size
+    assert torch.equal(found.model.h[0].mlp.c_fc.weight, weights.h[0].mlp.c_fc.weight)
+    run(["--model", "gpt2", *tiny], capsys)
+    assert json.loads((tmp_path / "out" / "results.json").read_text())[0]["model"] == "gpt2"
+
+
+@pytest.fixture
+def theirs(tmp_path):
+    """A tiny OPT with a tokenizer of bytes, saved as transformers does."""
+    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    folder = tmp_path / "tiny-opt"
+    transformers.PreTrainedTokenizerFast(tokenizer_object=bpe).save_pretrained(folder)
+    shape = FAMILIES["OPTForCausalLM"][0] | {"vocab_size": 256, "max_position_embeddings": 600}
+    torch.manual_seed(0)
+    transformers.OPTForCausalLM(transformers.OPTConfig(**shape)).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("loss", ["tsld", "l2l"])
+def test_a_model_of_transformers_is_trained_with_its_own_tokenizer(loss, theirs, tiny, capsys, tmp_path):
+    out = run(["--model", str(theirs), "--loss", loss, "--steps", "3", "--batch-size", "2", *tiny], capsys)
+    assert f"3 steps with {'lean terms' if loss == 'tsld' else 'full logits'}" in out
+    row = json.loads((tmp_path / "out" / "results.json").read_text())[0]
+    assert row["model"] == row["tokenizer"] == str(theirs)
+    # A token is a byte, so bits per byte are bits per token.
+    assert row["student_bpb"] == pytest.approx(math.log2(row["student_ppl"]), rel=1e-6)
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(theirs)
+    tokens = torch.tensor(list(train_small.split_text((WORDS * 40).encode())["valid"].encode()))
+    names = sorted(tokenizers_alphabet().items(), key=lambda item: item[1])
+    ids = torch.tensor(
+        [[index for index, (byte, _) in enumerate(names) if byte == t][0] for t in tokens.tolist()]
+    )
+    packed = tsld.load_model(tmp_path / "out" / f"student-{loss}.packed", into=model)
+    assert math.exp(tsld.evaluate(packed, ids, 512)) == pytest.approx(row["student_ppl"], rel=2e-3)
+
+
+def tokenizers_alphabet():
+    """Byte to the character that stands for it in byte-level BPE: itself where it is printable, else the next
+    one from 256 on."""
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in shown]
+    return {byte: chr(byte) for byte in shown} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+def test_a_model_that_is_not_there_is_refused(tiny, capsys, monkeypatch):
+    exact = importlib.util.find_spec
+    if exact("transformers"):
+        refused(["--model", "no/such-model", *tiny], capsys, "--model no/such-model")
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "transformers" else exact(name)
+    )
+    refused(["--model", "facebook/opt-125m", *tiny], capsys, "takes the package transformers, which is not")
+
+
+def test_the_recipe_in_the_readme_runs_as_written(theirs, tmp_path, monkeypatch, capsys):
+    import transformers
+
+    for name in ("AutoModelForCausalLM", "AutoTokenizer"):
+        kind = getattr(transformers, name)
+        load = kind.from_pretrained
+        monkeypatch.setattr(kind, "from_pretrained", lambda name, load=load, **how: load(theirs, **how))
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text(WORDS * 60)
+    recipe = (HERE / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    assert "facebook/opt-125m" in recipe
+    names = {}
+    exec(recipe, names)
+    assert isinstance(names["student"].model.decoder.layers[1].fc2, tsld.PackedLinear)
+    assert capsys.readouterr().out.startswith("the company said")
+    assert Path("opt.packed").stat().st_size < 100_000
+
+
+def test_memory_on_paper_counts_the_published_models_parameters():
+    published = [124_439_808, 354_823_168, 774_030_080, 1_557_611_200]  # GPT-2
+    published += [125_239_296, 1_315_758_080, 2_651_596_800, 6_658_473_984]  # OPT
+    published += [1_315_575_808, 6_738_415_616]  # GPT-Neo, LLaMA
+    for (name, shape), count in zip(train_small.SHAPES.items(), published, strict=True):
+        assert sum(shape.parameters()) == count, name
+
+
+def test_memory_on_paper_is_that_of_a_real_file_and_of_a_measured_step(tmp_path):
+    config = GPTConfig(block_size=128, vocab_size=4096, n_layer=4, n_head=4, n_embd=256)
+    shape = train_small.Shape(4, 256, 1024, 4096, 128)
+    tsld.save_model(tmp_path / "model.packed", tsld.pack_model(tsld.quantize_model(GPT(config))))
+    paper = train_small.memory_on_paper(shape)
+    assert paper["FP32"] == 4 * sum(p.numel() for p in GPT(config).parameters())
+    assert os.path.getsize(tmp_path / "model.packed") == pytest.approx(paper["packed"], rel=0.02)
+    if not train_small.peak_memory():
+        pytest.skip("this system does not say how much memory a process had")
+    # Two steps that differ in depth and batch: their difference is free of what torch itself takes.
+    measured, paper = [], []
+    for layers, batch in ((2, 4), (10, 16)):
+        row = (layers, 512, 8, 8192, batch, 128), ("tsld", "float32")
+        measured.append(train_small.in_new_process("training_memory", *row))
+        shape = train_small.Shape(layers, 512, 2048, 8192, 128)
+        paper.append(train_small.memory_on_paper(shape, batch, 128, "float32")["training"])
+    assert measured[1] - measured[0] == pytest.approx(paper[1] - paper[0], rel=0.2)

@@ -10,12 +10,14 @@ import base64
 import codecs
 import collections
 import copy
+import datetime
 import hashlib
 import importlib.util
 import itertools
 import json
 import math
 import os
+import platform
 import re
 import shutil
 import signal
@@ -24,7 +26,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -68,29 +69,14 @@ class Corpus:
     texts: dict  # part -> str
 
 
-def download(urls, path, sha256):
-    """The first of `urls` that answers and matches, under a temporary name, then renamed. UserError: none
-    does."""
-    problems = []
-    for url in urls:
-        try:
-            content = bytearray()
-            with urllib.request.urlopen(url, timeout=10) as response:
-                total = int(response.headers.get("Content-Length") or 0)
-                while chunk := response.read(1 << 18):
-                    content += chunk
-                    share = f"{len(content) / total:.0%}" if total else f"{len(content):,} bytes"
-                    show_progress(f"downloading {path.name}: {share}", len(content) == total, sys.stderr)
-            if hashlib.sha256(content).hexdigest() != sha256:
-                raise OSError("the content does not match its SHA-256")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(path.name + ".tmp")
-            temporary.write_bytes(content)
-            os.replace(temporary, path)
-            return
-        except OSError as error:  # urllib's errors and time-outs are all OSErrors
-            problems.append(f"{url.split('/')[2]}: {getattr(error, 'reason', error)}")
-    raise UserError(f"{path.name} cannot be downloaded ({'; '.join(dict.fromkeys(problems))})")
+def show_download(name):
+    """A `progress` for tsld.download."""
+
+    def progress(done, total):
+        share = f"{done / total:.0%}" if total else f"{done:,} bytes"
+        show_progress(f"downloading {name}: {share}", done == total, sys.stderr)
+
+    return progress
 
 
 def load_ptb():
@@ -98,7 +84,11 @@ def load_ptb():
     for part in PARTS:
         path = folder / f"ptb.{part}.txt"
         if not path.exists():
-            download([mirror + path.name for mirror in PTB_MIRRORS], path, PTB_SHA256[part])
+            urls = [mirror + path.name for mirror in PTB_MIRRORS]
+            try:
+                tsld.download(urls, path, PTB_SHA256[part], show_download(path.name))
+            except ConnectionError as error:
+                raise UserError(error)
         content = path.read_bytes()
         if hashlib.sha256(content).hexdigest() != PTB_SHA256[part]:
             raise UserError(f"{path} does not match its SHA-256: delete it, and it is downloaded again")
@@ -309,9 +299,10 @@ def stop_on_signal():
             signal.signal(number, handler)
 
 
-def train_with_progress(label, model, tokens, config, checkpoint, teacher=None, resume=False):
-    """tsld.train with a progress line; returns the seconds it took, earlier runs that it resumed included."""
-    per_step = config.batch_size * model.config.block_size
+def train_with_progress(label, model, tokens, config, checkpoint, teacher=None, resume=False, watch=None):
+    """tsld.train with a progress line; returns the seconds it took, earlier runs that it resumed included.
+    watch(step): called after each step."""
+    per_step = config.batch_size * config.block_size
     began = []  # when the first step of this run was done, and which that was
 
     def on_step(step, loss):
@@ -321,6 +312,8 @@ def train_with_progress(label, model, tokens, config, checkpoint, teacher=None, 
         left = f"{time_left((config.steps - step) / rate)} left" if rate else "timing"
         speed = f"{rate * per_step:,.0f} tokens/s, {left}"
         show_progress(f"{label}: step {step}/{config.steps}, loss {loss:.3f}, {speed}", step == config.steps)
+        if watch is not None:
+            watch(step)
         return bool(received)
 
     with stop_on_signal() as received:
@@ -337,12 +330,15 @@ def time_left(seconds):
 # One run: teacher, teacher ternarized without training, student
 
 
-def score(model, tokens, tokenizer, block_size):
-    """Perplexity per token, and bits per byte, which compares across tokenizers."""
-    nats = tsld.evaluate(model, tokens, block_size)  # per predicted token
-    predicted = tokens[1:].tolist()
-    size = len(tokenizer.decode_bytes(predicted))
-    return {"ppl": math.exp(nats), "bpb": nats * len(predicted) / math.log(2) / size}
+@dataclass
+class Source:
+    """Where the teacher starts."""
+
+    name: str  # a key of PRESETS, or what --model named
+    model: torch.nn.Module
+    tokenizer: object  # a tiktoken.Encoding or a TheirTokenizer
+    preset: Preset
+    init: str  # "scratch" or "pretrained"
 
 
 @dataclass
@@ -352,16 +348,21 @@ class Setup:
     args: argparse.Namespace
     device: torch.device
     corpus: str
-    model: str  # a key of PRESETS
-    tokenizer: tiktoken.Encoding
+    source: Source
     tokens: dict  # part -> int64 (n,); "student" is the share of "train" that the student is distilled on
-    gpt: GPTConfig
     teacher: TrainConfig
     student: TrainConfig
 
-    def score(self, model):
-        tokens, block_size = self.tokens, self.gpt.block_size
-        return {part: score(model, tokens[part], self.tokenizer, block_size) for part in ("valid", "test")}
+    def score(self, model, parts=("valid", "test")):
+        """Part to perplexity per token, and to bits per byte, which compares across tokenizers."""
+        scores = {}
+        for part in parts:
+            nats = tsld.evaluate(model, self.tokens[part], self.student.block_size)  # per predicted token
+            predicted = self.tokens[part][1:].tolist()
+            size = len(self.source.tokenizer.decode_bytes(predicted))
+            bpb = nats * len(predicted) / math.log(2) / size
+            scores[part] = {"ppl": math.exp(nats), "bpb": bpb}
+        return scores
 
 
 def set_up(args):
@@ -370,10 +371,10 @@ def set_up(args):
     with first_process_first():  # it downloads, the others find
         corpus = load_corpus(args.data)
         print(f"corpus: {corpus.description}", flush=True)
-        model, tokenizer = choose_model(args.model, device)
-    preset = PRESETS[model]
-    check_space(out, preset.gpt, 1 + (len(LOSSES) if args.loss == "all" else 1))
-    tokens = {part: torch.tensor(tokenizer.encode_ordinary(corpus.texts[part])) for part in PARTS}
+        source = choose_source(args, device)
+    preset, encode = source.preset, source.tokenizer.encode_ordinary
+    check_space(out, source.model, 1 + (len(LOSSES) if args.loss == "all" else 1))
+    tokens = {part: torch.tensor(encode(corpus.texts[part])) for part in PARTS}
     tokens["student"] = tokens["train"][: args.student_tokens or preset.student_tokens]
     block_size = preset.gpt.block_size
     for part, least in (("train", block_size + 1), ("student", block_size + 1), ("valid", 2), ("test", 2)):
@@ -397,18 +398,22 @@ def set_up(args):
             parts = f"{shares} processes times {config.accumulate} parts (--accumulate)"
             raise UserError(f"a batch of {config.batch_size} sequences cannot be shared out to {parts}")
         config.dtype, config.seed = args.dtype or default_dtype(device), args.seed
-    return Setup(args, device, corpus.name, model, tokenizer, tokens, preset.gpt, teacher, student)
+        config.block_size = block_size
+    return Setup(args, device, corpus.name, source, tokens, teacher, student)
+
+
+def teacher_path(setup):
+    """The teacher's file is named after everything that makes it, so that it is found again."""
+    source = setup.source
+    text = hashlib.sha256(setup.tokens["train"].numpy()).hexdigest()
+    made_of = [source.name, source.init, tsld.architecture(source.model), asdict(setup.teacher), text]
+    key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:8]
+    return Path(setup.args.out) / f"teacher-{Path(source.name).name}-{key}.pt"
 
 
 def train_teacher(setup):
-    """The teacher's file is named after everything that makes it, so that it is found again, and a run that
-    was killed while training it goes on where it was."""
-    torch.manual_seed(setup.args.seed)
-    teacher = GPT(setup.gpt).to(setup.device)
-    text = hashlib.sha256(setup.tokens["train"].numpy()).hexdigest()
-    made_of = json.dumps([asdict(setup.gpt), asdict(setup.teacher), text])
-    key = hashlib.sha256(made_of.encode()).hexdigest()[:8]
-    path = Path(setup.args.out) / f"teacher-{setup.model}-{key}.pt"
+    """A run that was killed while training it goes on where it was."""
+    teacher, path = setup.source.model.to(setup.device), teacher_path(setup)
     found = ", found there" if path.exists() else ""
     print(f"teacher: {setup.teacher.steps} steps, kept in {path}{found}", flush=True)
     if setup.args.compile:
@@ -418,13 +423,14 @@ def train_teacher(setup):
 
 
 def compile_blocks(model):
-    """One block after the other: they are alike, so the first one's compilation serves all."""
-    for block in model.h:
+    """One block after the other: they are alike, so the first one's compilation serves all. A model that is not
+    our GPT is compiled as a whole."""
+    for block in getattr(model, "h", [model]):
         block.compile()
 
 
-def quantized_copy(model, args):
-    return tsld.quantize_model(copy.deepcopy(model), args.bits, args.granularity)
+def quantized_copy(model, bits, granularity):
+    return tsld.quantize_model(copy.deepcopy(model), bits, granularity)
 
 
 def frozen_teacher(setup, teacher, perplexity):
@@ -433,7 +439,7 @@ def frozen_teacher(setup, teacher, perplexity):
     if setup.student.dtype == "float32":
         return teacher
     half = copy.deepcopy(teacher).to(torch.bfloat16)
-    there = score(half, setup.tokens["valid"], setup.tokenizer, setup.gpt.block_size)["ppl"]
+    there = setup.score(half, ["valid"])["valid"]["ppl"]
     same = f"{there:.3g}" == f"{perplexity:.3g}"
     figures = f"perplexity {there:.2f}, in float32 {perplexity:.2f}"
     print(
@@ -442,55 +448,62 @@ def frozen_teacher(setup, teacher, perplexity):
     return half if same else teacher
 
 
-def train_student(setup, loss, student, teacher):
-    """The student comes as a copy of the teacher, and is quantized. Returns the seconds its training took."""
-    tsld.quantize_model(student, setup.args.bits, setup.args.granularity)
+def train_student(setup, student, config, teacher, name, resume, on_step=None):
+    """Trains a quantized copy of the teacher; returns the seconds that took. name: of the checkpoint."""
     if setup.args.compile:
         compile_blocks(student)
-    path = Path(setup.args.out) / f"student-{loss}.pt"
-    config = replace(setup.student, loss=loss)
-    terms = "full logits" if loss in ("gt", "l2l") else "lean terms"  # see training_loss
-    print(f"student, {loss}: {config.steps} steps with {terms}, kept in {path}", flush=True)
-    label, tokens = f"student, {loss}", setup.tokens["student"]
-    return train_with_progress(label, student, tokens, config, path, teacher, setup.args.resume)
+    path = Path(setup.args.out) / f"student-{name}.pt"
+    terms = "lean terms" if tsld.has_lean_terms(student, config.loss) else "full logits"
+    print(f"student, {name}: {config.steps} steps with {terms}, kept in {path}", flush=True)
+    label, tokens = f"student, {name}", setup.tokens["student"]
+    return train_with_progress(label, student, tokens, config, path, teacher, resume, on_step)
 
 
 def run(args):
     """Teacher, teacher ternarized without training, students; table, sample and results.json."""
     setup, out = set_up(args), Path(args.out)
     teacher = train_teacher(setup)
-    ptq = quantized_copy(teacher, args)
+    ptq = quantized_copy(teacher, args.bits, args.granularity)
     scores = {"teacher": setup.score(teacher), "ptq": setup.score(ptq)}
     fp32 = sum(4 * p.numel() for p in teacher.parameters())
     linear_fp32 = sum(4 * m.weight.numel() for m in ptq.modules() if isinstance(m, tsld.QuantLinear))
+    frozen = frozen_teacher(setup, teacher, scores["teacher"]["valid"]["ppl"])
+    figures = Figures(setup, frozen) if args.figures else None
+    if figures:
+        figures.look_at("without training", ptq)
     packed, linear_packed = pack(ptq, out / "rounded.packed")
     table = [("teacher", scores["teacher"], fp32)]
     table.append((f"teacher in {args.bits} bits, untrained", scores["ptq"], packed or fp32))
     del ptq
-    frozen = frozen_teacher(setup, teacher, scores["teacher"]["valid"]["ppl"])
     losses, results = LOSSES if args.loss == "all" else (args.loss,), []
     for loss in losses:
         reuse = loss == losses[-1] and frozen is not teacher  # nobody needs the float32 teacher any more
         student = teacher if reuse else copy.deepcopy(teacher)
-        seconds = train_student(setup, loss, student, frozen)
+        tsld.quantize_model(student, args.bits, args.granularity)
+        config, watch = replace(setup.student, loss=loss), figures and figures.watch(loss, student)
+        seconds = train_student(setup, student, config, frozen, loss, args.resume, watch)
         scores["student"] = setup.score(student)
+        if figures:
+            figures.look_at(loss, student)
         packed, linear_packed = pack(student, out / f"student-{loss}.packed")
         table.append((f"student, {loss}", scores["student"], packed or fp32))
         row = {"loss": loss, "bits": args.bits, "granularity": args.granularity, "seed": args.seed}
-        row |= {"model": setup.model, "data": setup.corpus, "tokenizer": setup.tokenizer.name}
+        row |= {"model": setup.source.name, "data": setup.corpus, "tokenizer": setup.source.tokenizer.name}
         for part, prefix in (("valid", ""), ("test", "test_")):
             for who in ("teacher", "ptq", "student"):
                 row |= {f"{prefix}{who}_{unit}": value for unit, value in scores[who][part].items()}
         row |= {"bytes_fp32": fp32, "bytes_packed": packed}
         row |= {"linear_bytes_fp32": linear_fp32, "linear_bytes_packed": linear_packed}
-        trained = setup.student.steps * setup.student.batch_size * setup.gpt.block_size
+        trained = setup.student.steps * setup.student.batch_size * setup.student.block_size
         row |= {"train_seconds": seconds, "tokens_per_second": trained / seconds}
         results.append(row)
         write_text(out / "results.json", json.dumps(results, indent=2) + "\n")
     print_table(table)
+    if figures:
+        figures.draw()
     print_sample(setup, student, loss)
     print(f"\nresults: {out / 'results.json'}")
-    if packed:
+    if packed and setup.source.name in PRESETS:
         path = out / f"student-{loss}.packed"
         print(f"more text: python train_small.py --generate {path} --prompt 'the company said'")
 
@@ -522,10 +535,11 @@ def print_table(rows):
 def print_sample(setup, student, loss, prompt_length=16, length=64):
     """The student's continuation of the first words of the validation text."""
     prompt = setup.tokens["valid"][:prompt_length]
-    length = min(length, setup.gpt.block_size - len(prompt))
+    length = min(length, setup.student.block_size - len(prompt))
     torch.manual_seed(setup.args.seed)
-    ids = student.generate(prompt[None].to(setup.device), length, **SAMPLING)[0].tolist()
-    text = [setup.tokenizer.decode(part).strip() for part in (ids[: len(prompt)], ids[len(prompt) :])]
+    ids = student.generate(prompt[None].to(setup.device), max_new_tokens=length, **SAMPLING)[0].tolist()
+    decode = setup.source.tokenizer.decode
+    text = [decode(part).strip() for part in (ids[: len(prompt)], ids[len(prompt) :])]
     print(f"\nthe {loss} student continues “{text[0]}”:\n{text[1]}")
 
 
@@ -565,6 +579,307 @@ def write_text(path, text):
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
     os.replace(temporary, path)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The paper's table 1 in kind, and its ablation: many students of one teacher
+
+# Bits and method, as the paper has them: post-training methods with a scale per channel, trained ones per tensor.
+UNTRAINED = ((4, "round-to-nearest"), (4, "OPTQ"), (4, "AWQ"), (2, "ternarized"))
+TRAINED = ((4, "logit"), (4, "logit_gt"), (4, "tsld"))
+TRAINED += ((2, "l2l"), (2, "logit"), (2, "logit_gt"), (2, "tsld"), (2, "gt"))
+# τ and ground-truth weight of further TSLD students. τ = ∞ is logit distillation, τ = 10 alone is in the table.
+ABLATION = ((1.0, 0.0), (2.0, 0.0), (5.0, 0.0), (20.0, 0.0), (10.0, 0.25), (10.0, 1.0))
+SEEDS = (0, 1, 2)
+
+
+def table(args):
+    """Fills data/results/table.json; what is there already, of the same teacher and settings, is not done again."""
+    setup, path = set_up(args), check_folder(DATA / "results") / "table.json"
+    rows = json.loads(path.read_text()) if path.exists() else []
+    teacher = train_teacher(setup)
+    wanted = [{"bits": 32, "method": "teacher"}]
+    wanted += [{"bits": bits, "method": method} for bits, method in UNTRAINED]
+    trained = [(bits, loss, args.tsld_temperature, args.gt_weight) for bits, loss in TRAINED]
+    trained += [(2, "tsld", temperature, gt_weight) for temperature, gt_weight in ABLATION]
+    for seed in SEEDS:
+        for bits, loss, temperature, gt_weight in trained:
+            config = replace(
+                setup.student, loss=loss, seed=seed, temperature=temperature, gt_weight=gt_weight
+            )
+            wanted.append({"bits": bits, "method": loss, **json.loads(json.dumps(asdict(config)))})
+    same = {"teacher": teacher_path(setup).name, "student_tokens": len(setup.tokens["student"])}
+    half = None
+    for number, setting in enumerate(wanted, 1):
+        setting |= same
+        if any(setting.items() <= row.items() for row in rows):
+            continue
+        name = "-".join(
+            str(setting[key])
+            for key in ("method", "bits", "temperature", "gt_weight", "seed")
+            if key in setting
+        )
+        print(f"{number} of {len(wanted)}: {name}", flush=True)
+        if "loss" in setting:
+            if half is None:
+                half = frozen_teacher(setup, teacher, setup.score(teacher, ["valid"])["valid"]["ppl"])
+            model = quantized_copy(teacher, setting["bits"], "tensor")
+            names = TrainConfig.__dataclass_fields__.keys() & setting.keys()
+            config = TrainConfig(**{key: setting[key] for key in names} | {"betas": tuple(setting["betas"])})
+            train_student(setup, model, config, half, name, resume=True)
+        else:
+            model = untrained(setup, teacher, setting["method"])
+        scores = setup.score(model)
+        measured = {f"{part}_{unit}": x for part in scores for unit, x in scores[part].items()}
+        rows.append(setting | measured | where_and_when())
+        write_text(path, json.dumps(rows, indent=1) + "\n")
+        for file in Path(args.out).glob(f"student-{name}.*pt"):
+            file.unlink()  # its row is all that is needed
+    print_results([row for row in rows if same.items() <= row.items()])
+
+
+def untrained(setup, teacher, method):
+    """The teacher, or what a post-training method makes of it."""
+    if method == "teacher":
+        return teacher
+    if method == "ternarized":
+        return quantized_copy(teacher, 2, "tensor")
+    if method == "round-to-nearest":
+        return quantized_copy(teacher, 4, "channel")
+    block_size = setup.student.block_size
+    text = setup.tokens["student"][: 64 * block_size]  # to calibrate on
+    text = text[: len(text) // block_size * block_size].view(-1, block_size)
+    return {"OPTQ": tsld.optq, "AWQ": tsld.awq}[method](teacher, text)
+
+
+def where_and_when():
+    """What a result needs beside it to be believed."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=DATA.parent, capture_output=True, text=True
+    )
+    cpu = Path("/proc/cpuinfo")
+    name = (
+        cpu.read_text().split("model name")[1].split(":")[1].split("\n")[0].strip()
+        if cpu.exists()
+        else platform.machine()
+    )
+    machine = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{name}, {torch.get_num_threads()} threads"
+    )
+    return {
+        "command": " ".join(["python", *sys.argv]),
+        "commit": commit.stdout.strip() or "unknown",
+        "machine": f"{machine}, torch {torch.__version__}",
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def print_results(rows):
+    """Mean and spread (standard deviation over the seeds) of each setting, as Markdown."""
+    groups = collections.defaultdict(list)
+    for row in rows:
+        groups[tuple(row.get(key) for key in ("bits", "method", "temperature", "gt_weight"))].append(row)
+    print("\n| bits | method | τ | ground truth | seeds | " + " | ".join(MEASURES.values()) + " |")
+    print("| --- " * (5 + len(MEASURES)) + "|")
+    for (bits, method, temperature, gt_weight), members in groups.items():
+        only = (temperature, gt_weight) if method == "tsld" else ("", "")
+        cells = [bits, method, *only, len(members)]
+        for key in MEASURES:
+            values = [row[key] for row in members]
+            digits = 4 if key.endswith("bpb") else 2
+            spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.{digits}f}{spread}")
+        print("| " + " | ".join(map(str, cells)) + " |")
+
+
+MEASURES = {
+    "valid_ppl": "validation perplexity",
+    "valid_bpb": "bits/byte",
+    "test_ppl": "test perplexity",
+    "test_bpb": "bits/byte",
+}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The paper's figures
+
+
+class Figures:
+    """Looks at the students of one run as they come, and draws what it saw: CSV files, and PNG where matplotlib
+    is installed, in data/figures."""
+
+    def __init__(self, setup, teacher):
+        self.setup, self.teacher = setup, teacher
+        self.folder = check_folder(DATA / "figures")
+        B, T = 64, setup.student.block_size
+        text = setup.tokens["valid"][: B * T + 1]
+        B = (len(text) - 1) // T
+        if B < 1:
+            raise UserError(f"--figures looks at whole blocks of {T} tokens, and the valid text has none")
+        self.ids, self.targets = (t.view(B, T).to(setup.device) for t in (text[: B * T], text[1 : B * T + 1]))
+        self.errors, self.distances, self.histories, self.ce = {}, {}, {}, {}
+        self.sure, self.ce["teacher"] = tsld.confidence(teacher, self.ids, self.targets)
+
+    def look_at(self, name, student):
+        if name in ("without training", "l2l", "logit"):
+            self.errors[name] = tsld.error_by_position(student, self.teacher, self.ids)
+            self.distances[name] = tsld.distance_by_token(student, self.teacher, self.ids)
+        if name in ("logit", "tsld"):
+            self.ce[name] = tsld.confidence(student, self.ids, self.targets)[1]
+
+    def watch(self, loss, student):
+        """For figure 3: 20 times in its training, the student's cross-entropy on its own text and another."""
+        if loss not in ("logit", "logit_gt", "tsld"):
+            return None
+        path = Path(self.setup.args.out) / f"student-{loss}.history.json"
+        resumed = self.setup.args.resume and path.exists()
+        history = self.histories[loss] = json.loads(path.read_text()) if resumed else {}
+        steps, block_size = self.setup.student.steps, self.setup.student.block_size
+        every = max(1, steps // 20)
+
+        def watch(step):
+            if step % every == 0 or step == steps:
+                texts = (self.setup.tokens[part][:20_000] for part in ("student", "valid"))
+                history[str(step)] = [tsld.evaluate(student, text, block_size) for text in texts]
+                write_text(path, json.dumps(history))
+
+        return watch
+
+    def draw(self):
+        positions = range(1, self.ids.shape[1] + 1)
+        error = {
+            f"{name}, {what}": e.tolist() for name, both in self.errors.items() for what, e in both.items()
+        }
+        self.write_csv("1-error-by-position", {"position": positions} | error)
+        distances = {name: sorted(d.flatten().tolist()) for name, d in self.distances.items()}
+        self.write_csv("2-distance-to-teacher", distances)
+        steps = [int(step) for step in self.histories["logit"]]
+        curves = {"step": steps}
+        for loss, history in self.histories.items():
+            curves |= {f"{loss}, training": [history[str(step)][0] for step in steps]}
+            curves |= {f"{loss}, validation": [history[str(step)][1] for step in steps]}
+        self.write_csv("3-training-curves", curves)
+        N = self.ids.shape[1]
+        scale = N * tsld.token_scale(
+            self.ce["teacher"], self.setup.student.temperature
+        )  # 1: as much as any other
+        change = self.ce["tsld"] - self.ce["logit"]
+        columns = {"top probability": self.sure, "cross-entropy": self.ce["teacher"]}
+        columns |= {"token scale times N": scale, "TSLD minus logit": change}
+        tokens = {name: x.flatten().tolist() for name, x in columns.items()}
+        self.write_csv("4-confidence", tokens)
+        if not importlib.util.find_spec("matplotlib"):
+            print(f"figures: the numbers are in {self.folder}; the package matplotlib would draw them")
+            return
+        draw_figures(self.folder, error, distances, curves, tokens)
+        print(f"figures: {self.folder}")
+
+    def write_csv(self, name, columns):
+        lines = [",".join(f'"{title}"' for title in columns)]
+        lines += [",".join(f"{x:.6g}" for x in row) for row in zip(*columns.values())]
+        write_text(self.folder / f"{name}.csv", "\n".join(lines) + "\n")
+
+
+NAMES = {
+    "l2l": "L2L+logit",
+    "logit": "logit",
+    "logit_gt": "logit+GT",
+    "tsld": "TSLD",
+    "without training": "without training",
+}
+
+
+def draw_figures(folder, error, distances, curves, tokens):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    colours = dict(
+        zip(("without training", "l2l", "logit", "logit_gt", "tsld"), ("C7", "C1", "C0", "C3", "C2"))
+    )
+
+    def save(name, figure):
+        figure.savefig(folder / f"{name}.png", dpi=110)
+        plt.close(figure)
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharex=True)
+    for label, values in error.items():
+        name, what = label.rsplit(", ", 1)
+        axis = axes[what == "logits"]
+        axis.plot(range(1, len(values) + 1), values, color=colours[name], label=NAMES[name])
+        axis.set(title=what, xlabel="position in the sequence, tokens", yscale="log")
+    axes[0].set_ylabel("relative squared error")
+    axes[0].legend()
+    save("1-error-by-position", titled(figure, first_figure_title(error)))
+
+    figure, axis = plt.subplots(figsize=(6.5, 3.8), layout="constrained")
+    for name, values in distances.items():
+        shares = [(i + 1) / len(values) for i in range(len(values))]
+        label = f"{NAMES[name]}: mean {statistics.mean(values):.3f}"
+        axis.plot(values, shares, color=colours[name], label=label)
+    axis.set(
+        xscale="log",
+        xlim=(1e-3, None),
+        xlabel="KL(teacher ‖ student) of a token, nats",
+        ylabel="share of tokens below",
+    )
+    axis.legend()
+    closer, other = sorted(("l2l", "logit"), key=lambda name: statistics.mean(distances[name]))
+    title = f"{NAMES[closer]} distillation ends nearer to the teacher's distribution than {NAMES[other]}"
+    save("2-distance-to-teacher", titled(figure, title))
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for axis, text in zip(axes, ("training", "validation")):
+        for name in ("logit", "logit_gt", "tsld"):
+            axis.plot(curves["step"], curves[f"{name}, {text}"], color=colours[name], label=NAMES[name])
+        axis.set(title=f"{text} text", xlabel="step", ylabel="cross-entropy, nats per token")
+    axes[0].legend()
+    gaps = {
+        name: curves[f"{name}, validation"][-1] - curves[f"{name}, training"][-1]
+        for name in ("logit", "logit_gt", "tsld")
+    }
+    figures = ", ".join(f"{NAMES[name]} {gap:.2f}" for name, gap in gaps.items())
+    save("3-training-curves", titled(figure, f"Gap from training to validation at the end, nats: {figures}"))
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained", width_ratios=(3, 2))
+    sure, ce = tokens["top probability"], tokens["cross-entropy"]
+    dots = axes[0].scatter(sure, ce, c=tokens["token scale times N"], s=3, cmap="viridis", rasterized=True)
+    figure.colorbar(dots, ax=axes[0], label="token scale times N")
+    axes[0].axvline(0.5, color="C3")
+    axes[0].text(0.52, 0.95, "high confidence", transform=axes[0].transAxes, color="C3")
+    axes[0].text(0.2, 0.95, "low confidence", transform=axes[0].transAxes, color="C3")
+    axes[0].set(xlabel="teacher's top probability", ylabel="teacher's cross-entropy, nats")
+    change = {"low confidence": [], "high confidence": []}
+    for p, d in zip(sure, tokens["TSLD minus logit"]):
+        change["high confidence" if p > 0.5 else "low confidence"].append(d)
+    means = {name: statistics.mean(values) if values else 0.0 for name, values in change.items()}
+    errors = [statistics.stdev(v) / len(v) ** 0.5 if len(v) > 1 else 0.0 for v in change.values()]
+    axes[1].bar(list(means), list(means.values()), yerr=errors, color="C2", capsize=4)
+    axes[1].axhline(0, color="black", linewidth=0.8)
+    axes[1].set_ylabel("cross-entropy, TSLD minus logit, nats")
+    signs = " and ".join(
+        f"{'raises' if mean > 0 else 'lowers'} it by {abs(mean):.3f} at {name}"
+        for name, mean in means.items()
+    )
+    save("4-confidence", titled(figure, f"Against logit, TSLD {signs}"))
+
+
+def first_figure_title(error):
+    """Does the error at the last quarter of the positions exceed that of the first?"""
+    values = error["logit, attention output"]
+    quarter = max(1, len(values) // 4)
+    grows = statistics.mean(values[-quarter:]) / statistics.mean(values[:quarter])
+    l2l, logit = (statistics.mean(error[f"{name}, logits"]) for name in ("l2l", "logit"))
+    left = f"L2L leaves {l2l / logit:.1f} times logit distillation's error in the logits"
+    return f"Attention's error, last quarter over first: {grows:.1f}; {left}"
+
+
+def titled(figure, title):
+    figure.suptitle(title, fontsize=10)
+    return figure
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -799,7 +1114,85 @@ def bench_growth(tokens=4096):
             print(f"  {title:50}{seconds:14.2f}{memory / 1e6:10,.0f}", flush=True)
 
 
+@dataclass
+class Shape:
+    """What a model's memory depends on."""
+
+    layers: int
+    width: int
+    inner: int  # width of the MLP
+    vocabulary: int
+    positions: int  # learned ones
+    matrices: int = 6  # per layer, in units of width x width and width x inner: 4 and 2, LLaMA's 4 and 3
+    biases: int = (
+        5  # per layer, of `width` each: query, key, value and the two outputs; the MLP's inner one apart
+    )
+    tied: bool = True  # the head is the token embedding
+
+    def parameters(self):
+        """Numbers of linear weights, of embeddings and head, and of biases and norms."""
+        w = self.width
+        linear = self.layers * (4 * w * w + (self.matrices - 4) * w * self.inner)
+        embeddings = (self.vocabulary * (1 if self.tied else 2) + self.positions) * w
+        norm = 2 * w if self.biases else w  # RMSNorm has no bias
+        rest = self.layers * (2 * norm + self.biases * w + (self.inner if self.biases else 0)) + norm
+        return linear, embeddings, rest
+
+
+# The models of the paper's tables.
+SHAPES = {
+    "GPT-2 0.1B": Shape(12, 768, 3072, 50257, 1024),
+    "GPT-2 0.3B": Shape(24, 1024, 4096, 50257, 1024),
+    "GPT-2 0.8B": Shape(36, 1280, 5120, 50257, 1024),
+    "GPT-2 1.5B": Shape(48, 1600, 6400, 50257, 1024),
+    "OPT 0.1B": Shape(12, 768, 3072, 50272, 2050),
+    "OPT 1.3B": Shape(24, 2048, 8192, 50272, 2050),
+    "OPT 2.7B": Shape(32, 2560, 10240, 50272, 2050),
+    "OPT 6.7B": Shape(32, 4096, 16384, 50272, 2050),
+    "GPT-Neo 1.3B": Shape(24, 2048, 8192, 50257, 2048, biases=2),
+    "LLaMA 7B": Shape(32, 4096, 11008, 32000, 0, matrices=7, biases=0, tied=False),
+}
+
+
+def memory_on_paper(shape, batch=4, length=512, dtype="bfloat16"):
+    """Bytes: the model in FP32, in FP16 and packed, and what training its student under TSLD takes.
+
+    Training holds the student with AdamW's two averages, the teacher, and the codes of the quantized weights.
+    On top of these come at first the layers' activations with the lean terms' scratch space and gradient of the
+    head, and at the end the gradients of all weights; the larger of the two makes the peak.
+    """
+    linear, embeddings, rest = shape.parameters()
+    N, product = linear + embeddings + rest, {"bfloat16": 2, "float32": 4}[dtype]
+    state = 4 * N + 8 * N + product * N + linear
+    # Per token and layer: the residual twice; what products read and give: both norms, query, key, value, what
+    # attention gives, laid out in two ways; and the MLP's inner state before and after its nonlinearity, in a gated
+    # MLP also what is multiplied.
+    inner = (2 if shape.matrices == 6 else 4) * shape.inner
+    activations = batch * length * shape.layers * (2 * 4 * shape.width + product * (7 * shape.width + inner))
+    logits = min(tsld.SCRATCH_BYTES, 4 * batch * length * shape.vocabulary)
+    lean = 2 * logits + 4 * shape.vocabulary * shape.width
+    return {
+        "FP32": 4 * N,
+        "FP16": 2 * N,
+        "packed": linear / 4 + 2 * embeddings + 4 * rest,
+        "training": state + max(activations + lean, 4 * N),
+    }
+
+
+def bench_memory_on_paper():
+    print(f"\n{'GB, training with TSLD: bf16, 4 x 512 tokens':52}", end="")
+    print("".join(f"{title:>10}" for title in ("FP32", "FP16", "packed", "training")), "  one GPU of")
+    for name, shape in SHAPES.items():
+        memory = memory_on_paper(shape)
+        fits = [size for size in (24, 80, 141) if memory["training"] < 0.9 * size * 1e9]  # 10 % for the rest
+        figures = "".join(f"{value / 1e9:10.2f}" for value in memory.values())
+        print(f"  {name:50}{figures}   {f'{fits[0]} GB' if fits else 'none: several'}")
+
+
 def bench(args):
+    if args.bench == "memory":
+        bench_memory_on_paper()
+        return
     if args.bench == "training":
         bench_training()
         bench_growth()
@@ -849,16 +1242,69 @@ def default_dtype(device):
     return "bfloat16" if fast else "float32"
 
 
-def choose_model(name, device):
-    """The preset's name and its tokenizer."""
-    if name is not None:
-        return name, load_tokenizer(PRESETS[name].tokenizer)
-    if device.type == "cuda":
+def choose_source(args, device):
+    """The model, tokenizer and preset that are asked for, or the best that can be had without failing."""
+    if args.model is not None and args.model not in PRESETS:
+        return load_theirs(args)
+    if args.model is None and args.init != "pretrained" and device.type == "cuda":
         try:
-            return "gpt2", load_tokenizer("gpt2")
+            return load_preset("gpt2", args)
         except UserError as error:
             print(f"model: tiny, instead of gpt2: {error}", flush=True)
-    return "tiny", load_tokenizer(PRESETS["tiny"].tokenizer)
+    return load_preset(args.model or "tiny", args)
+
+
+def load_preset(name, args):
+    preset = PRESETS[name]
+    init = args.init or ("pretrained" if name in tsld.PUBLISHED else "scratch")
+    if init == "pretrained" and name not in tsld.PUBLISHED:
+        raise UserError(
+            f"--init pretrained: there are published weights for {', '.join(tsld.PUBLISHED)} alone"
+        )
+    tokenizer = load_tokenizer(preset.tokenizer)
+    torch.manual_seed(args.seed)
+    if init == "scratch":
+        return Source(name, GPT(preset.gpt), tokenizer, preset, init)
+    try:
+        progress = show_download(f"the weights of {name}")
+        model = GPT.from_pretrained(name, preset.gpt.block_size, preset.gpt.dropout, progress)
+    except ConnectionError as error:
+        raise UserError(f"{error}: go online once, or use --init scratch")
+    return Source(name, model, tokenizer, preset, init)
+
+
+class TheirTokenizer:
+    """A tokenizer of transformers, with the methods of tiktoken's."""
+
+    def __init__(self, name, tokenizer):
+        self.name, self.decode = name, tokenizer.decode
+        self.encode_ordinary = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
+        self.decode_bytes = lambda ids: tokenizer.decode(ids).encode()
+
+
+def load_theirs(args):
+    """Any causal language model of transformers, with its own tokenizer and GPT-2's schedule."""
+    if not importlib.util.find_spec("transformers"):
+        needs = "takes the package transformers, which is not installed"
+        raise UserError(f"--model {args.model} {needs}; without it there are {', '.join(PRESETS)}")
+    import transformers
+
+    if args.init == "scratch":
+        raise UserError(f"--init scratch: {args.model} starts from the weights it comes with")
+    # L2L looks at the attention, which the faster implementations never write down.
+    kind = {"attn_implementation": "eager"} if args.loss in ("l2l", "all") else {}
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
+        model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, **kind)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model {args.model}: {str(error).strip().splitlines()[0]}")
+    model.config.use_cache = False  # of keys and values, which training has no use for
+    model.generation_config.do_sample = True
+    positions = getattr(model.config, "max_position_embeddings", GPT2.gpt.block_size)
+    gpt = replace(GPT2.gpt, block_size=min(positions, GPT2.gpt.block_size))
+    return Source(
+        args.model, model, TheirTokenizer(args.model, tokenizer), replace(GPT2, gpt=gpt), "pretrained"
+    )
 
 
 def check_folder(path):
@@ -872,10 +1318,9 @@ def check_folder(path):
         raise UserError(f"--out {path} cannot be written: {error.strerror}")
 
 
-def check_space(path, gpt, trainings):
+def check_space(path, model, trainings):
     """A checkpoint holds the weights and AdamW's two averages; the one before the newest is kept as well."""
-    with torch.device("meta"):
-        size = 3 * sum(4 * p.numel() for p in GPT(gpt).parameters())
+    size = 3 * sum(4 * p.numel() for p in model.parameters())
     needed, free = size * (2 * trainings + 1), shutil.disk_usage(path).free
     if free < needed:
         sizes = f"{needed / 1e9:.1f} GB for checkpoints and has {free / 1e9:.1f} GB free"
@@ -954,8 +1399,10 @@ def parse(argv):
         default=0.0,
         help="weight of the ground-truth loss added to tsld (default 0)",
     )
-    add("--model", choices=PRESETS, help="default: gpt2 on a GPU, tiny elsewhere")
-    add("--init", choices=("scratch",), default="scratch", help="where the teacher starts")
+    own = ", ".join(PRESETS)
+    add("--model", help=f"{own}, or one of transformers by path or name (default: gpt2 on a GPU, else tiny)")
+    kinds = ("scratch", "pretrained")
+    add("--init", choices=kinds, help="where the teacher starts (default: pretrained, but scratch for tiny)")
     add("--data", help="ptb, pydoc, a text file, or a folder with train.txt, valid.txt and test.txt")
     add(
         "--student-tokens", type=number(int), help="how much of the training text the student is distilled on"
@@ -986,16 +1433,23 @@ def parse(argv):
     add("--resume", action="store_true", help="go on with a student's training that was interrupted")
     add("--generate", metavar="FILE", help="instead of training: write text with a packed model")
     add("--prompt", default="the", help="what the text begins with")
-    kinds = ("generation", "training")
+    add("--table", action="store_true", help="the paper's table 1 in kind, and its ablation, to data/results")
+    add("--figures", action="store_true", help="with --loss all: the paper's figures, to data/figures")
+    kinds = ("generation", "training", "memory")
     add("--bench", choices=kinds, nargs="?", const="generation", help="instead of training: speed and memory")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.model not in (None, *PRESETS) and "/" not in args.model and not Path(args.model).is_dir():
+        parser.error(f"--model {args.model} is none of {own}, no folder, and no owner/name of transformers")
+    if args.figures and args.loss != "all":
+        parser.error("--figures compares the students of all losses: it takes --loss all")
+    return args
 
 
 def main(argv=None):
     try:
         args = parse(argv)
         with process_group():
-            (bench if args.bench else generate if args.generate else run)(args)
+            (bench if args.bench else generate if args.generate else table if args.table else run)(args)
         return 0
     except (UserError, tsld.CheckpointError) as error:
         message, code = error, 2

@@ -33,15 +33,22 @@ Contents, in reading order:
     3. GPT           GPT-2, and text from it
     4. Losses        three numbers per token, and the five published ways to weigh them
     5. Training      the loop, evaluation, checkpoints
+    6. Looking inside     the measurements behind the paper's figures
+    7. Baselines          OPTQ and AWQ, which only round after training
 
 Losses are in nats unless a name says bits. Tensors keep their device and dtype unless a docstring says
 otherwise."""
 
+import copy
 import hashlib
+import http.client
+import json
 import math
 import os
 import pickle
+import re
 import time
+import urllib.request
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -101,10 +108,16 @@ def quantize_int4(weight, granularity="tensor"):
     low = w.amin(group, keepdim=True).clamp(max=0)
     high = w.amax(group, keepdim=True).clamp(min=0)
     scale = (high - low) / 15
-    divisor = torch.where(scale > 0, scale, 1.0)  # a group of zeros: 0 / 1 instead of 0 / 0
-    zero_point = (-low / divisor).round().clamp(0, 15)
-    codes = ((w / divisor).round() + zero_point).clamp(0, 15)
-    return codes.to(torch.uint8), scale, zero_point.to(torch.int32)
+    zero_point = (-low / _divisor(scale)).round().clamp(0, 15).to(torch.int32)
+    return _int4_codes(w, scale, zero_point), scale, zero_point
+
+
+def _divisor(scale):
+    return torch.where(scale > 0, scale, 1.0)  # a group of zeros: 0 / 1 instead of 0 / 0
+
+
+def _int4_codes(w, scale, zero_point):
+    return ((w / _divisor(scale)).round() + zero_point).clamp(0, 15).to(torch.uint8)
 
 
 def _quantize(weight, bits, granularity):
@@ -436,10 +449,7 @@ def load_model(path, into=None):
             here[f"{layer}.scale"] = there.get(f"{layer}.scale")  # depends on the granularity
         else:
             here[name] = tuple(tensor.shape)
-    for name in sorted(here.keys() | there.keys()):
-        if here.get(name) != there.get(name):
-            shapes = f"shape {there.get(name)} there and {here.get(name)} here"
-            raise CheckpointError(f"{path} is of another model: {name} has {shapes}")
+    _refuse_other_shapes(path, there, here)
     for name, in_features in layers.items():
         parts = (tensors.get(f"{name}.{part}") for part in ("packed", "scale", "bias"))
         model.set_submodule(name, PackedLinear(in_features, *parts))
@@ -447,6 +457,14 @@ def load_model(path, into=None):
     if into is None:
         model.lm_head = HalfHead(model.wte.weight)
     return model.requires_grad_(False).eval()
+
+
+def _refuse_other_shapes(path, there, here):
+    """CheckpointError where the tensors in a file are not those of the model; both are name to shape."""
+    for name in sorted(here.keys() | there.keys()):
+        if here.get(name) != there.get(name):
+            shapes = f"shape {there.get(name, 'missing')} there and {here.get(name, 'missing')} here"
+            raise CheckpointError(f"{path} is of another model: {name} has {shapes}")
 
 
 PACKED_FORMAT = "tsld packed 1"
@@ -572,6 +590,46 @@ class GPT(nn.Module):
                 residual = name.endswith("c_proj.weight")  # 2 per block add up on the residual path
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
 
+    @classmethod
+    def from_pretrained(cls, source, block_size=None, dropout=0.0, progress=None):
+        """GPT-2's published weights, in float32 and eval mode.
+
+        source: one of PUBLISHED, downloaded once into WEIGHTS; a pytorch_model.bin in the published format; or
+            a folder with one. The number of heads is that of a config.json beside it, else n_embd / 64, which
+            holds for all of PUBLISHED.
+        block_size: keep only the first so many positions. progress: see download.
+        ConnectionError: cannot be downloaded. CheckpointError: truncated, of another model, or holds more than
+        tensors; it then runs nothing. ValueError: block_size is beyond what the file has.
+        """
+        path = Path(source)
+        if source in PUBLISHED:
+            path = WEIGHTS / f"{source}.bin"
+            if not path.exists():
+                url = f"https://huggingface.co/openai-community/{source}/resolve/main/pytorch_model.bin"
+                download([url], path, PUBLISHED[source], progress)
+        elif path.is_dir():
+            path = path / "pytorch_model.bin"
+        tensors = _published_tensors(path)
+        for name in ("wte.weight", "wpe.weight"):
+            if name not in tensors or tensors[name].dim() != 2:
+                raise CheckpointError(f"{path} is of another model: it has no matrix {name}")
+        if block_size is not None:
+            if block_size > len(tensors["wpe.weight"]):
+                raise ValueError(f"{path} has {len(tensors['wpe.weight'])} positions, not {block_size}")
+            tensors["wpe.weight"] = tensors["wpe.weight"][:block_size].clone()
+        n_layer = 1 + max((int(name.split(".")[1]) for name in tensors if name.startswith("h.")), default=0)
+        (vocab_size, n_embd), block_size = tensors["wte.weight"].shape, len(tensors["wpe.weight"])
+        n_head = _published_heads(path, n_embd)
+        with torch.device("meta"):
+            model = cls(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout))
+        there, here = (
+            {n: tuple(t.shape) for n, t in part} for part in (tensors.items(), model.named_parameters())
+        )
+        _refuse_other_shapes(path, there, here)
+        model.load_state_dict(tensors, strict=False, assign=True)  # not strict: the head is tied
+        model.lm_head.weight = model.wte.weight
+        return model.eval()
+
     def hidden(self, ids, positions=None, cache=None, hidden_states=None, scores=None):
         """ids (B, T) -> (B, T, C) after the final norm; logits are hidden @ head.T.
 
@@ -650,6 +708,51 @@ class GPT(nn.Module):
         return torch.cat([ids, *self.stream(ids, max_new_tokens, temperature, top_k)], dim=1)
 
 
+PUBLISHED = {  # name to SHA-256 of its pytorch_model.bin, where it is known
+    "gpt2": "7c5d3f4b8b76583b422fcb9189ad6c89d5d97a094541ce8932dce3ecabde1421",
+    "gpt2-medium": None,
+    "gpt2-large": None,
+    "gpt2-xl": None,
+}
+WEIGHTS = Path(__file__).resolve().parent / "data" / "weights"
+
+
+def _published_tensors(path):
+    """Name to float32 tensor of a published pytorch_model.bin, as our GPT calls and lays them out."""
+    with open(path, "rb") as file:
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception:  # a damaged file can make torch trip over anything
+            raise CheckpointError(
+                f"{path} is truncated or holds more than plain values, and is not loaded"
+            ) from None
+    if not isinstance(content, dict) or not all(isinstance(t, torch.Tensor) for t in content.values()):
+        raise CheckpointError(f"{path} holds no named tensors")
+    tensors = {}
+    for name, tensor in content.items():
+        name = name.removeprefix("transformer.")
+        if re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias", name):
+            continue  # the causal mask, which old files hold as well
+        if re.fullmatch(r"h\.\d+\..*\.c_(attn|proj|fc)\.weight", name):
+            tensor = tensor.t()  # Conv1D's is (in, out)
+        tensors[name] = tensor.float().contiguous()
+    head = tensors.pop("lm_head.weight", None)
+    if head is not None and not torch.equal(head, tensors.get("wte.weight", head[:0])):
+        raise CheckpointError(f"{path} is of another model: lm_head.weight is not wte.weight")
+    return tensors
+
+
+def _published_heads(path, n_embd):
+    config = path.parent / "config.json"
+    try:
+        n_head = json.loads(config.read_bytes())["n_head"] if config.exists() else n_embd / 64
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{config} does not say n_head") from None
+    if n_head != int(n_head) or n_head < 1 or n_embd % n_head:
+        raise CheckpointError(f"{path} needs a config.json beside it that says n_head: n_embd is {n_embd}")
+    return int(n_head)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # 4. Losses
 #
@@ -669,15 +772,20 @@ class Terms(NamedTuple):
 
 
 def per_token_terms(student_logits, teacher_logits, targets):
-    """Terms from full logits, (B, T, V) of any float dtype; targets: int64 (B, T).
+    """Terms from full logits, (B, T, V) of any float dtype, or objects with .logits; targets: int64 (B, T).
     No gradient flows into the teacher."""
-    log_p_student = F.log_softmax(student_logits.float(), dim=-1)  # (B, T, V)
-    log_p_teacher = F.log_softmax(teacher_logits.detach().float(), dim=-1)
+    log_p_student = F.log_softmax(_logits(student_logits).float(), dim=-1)  # (B, T, V)
+    log_p_teacher = F.log_softmax(_logits(teacher_logits).detach().float(), dim=-1)
     true = targets[..., None]  # (B, T, 1)
     ce_student = -log_p_student.gather(-1, true).squeeze(-1)
     ce_teacher = -log_p_teacher.gather(-1, true).squeeze(-1)
     kd = -(log_p_teacher.exp() * log_p_student).sum(-1)
     return Terms(ce_student, ce_teacher, kd)
+
+
+def _logits(output):
+    """What a model returned, or its .logits: transformers' models, and a Trace."""
+    return getattr(output, "logits", output)
 
 
 def layer_to_layer_loss(student_trace, teacher_trace):
@@ -687,14 +795,26 @@ def layer_to_layer_loss(student_trace, teacher_trace):
 
     The mask hides the future from the model, so the scores count over the T(T+1)/2 positions on and below the
     diagonal alone. Returns a float32 scalar. No gradient flows into the teacher.
+
+    transformers' models give .hidden_states and .attentions instead: there the last state is the one after
+    the final norm, and for the scores stand the probabilities after the softmax. ValueError: not even those.
     """
     loss = 0.0
     for student, teacher in zip(student_trace.hidden_states, teacher_trace.hidden_states, strict=True):
         loss = loss + F.mse_loss(student.float(), teacher.detach().float())
-    for student, teacher in zip(student_trace.attention_scores, teacher_trace.attention_scores, strict=True):
+    for student, teacher in zip(_attention(student_trace), _attention(teacher_trace), strict=True):
         seen = torch.ones(student.shape[-2:], dtype=torch.bool, device=student.device).tril()  # (T, T)
         loss = loss + F.mse_loss(student[..., seen].float(), teacher[..., seen].detach().float())
     return loss
+
+
+def _attention(trace):
+    """n_layer tensors (B, H, T, T): a Trace's scores, or the probabilities of transformers' models."""
+    if isinstance(trace, Trace):
+        return trace.attention_scores
+    if not trace.attentions or trace.attentions[0] is None:
+        raise ValueError("L2L looks at the attention: load the model with attn_implementation='eager'")
+    return trace.attentions
 
 
 def token_scale(ce_teacher, temperature=10.0):
@@ -883,7 +1003,8 @@ class TrainConfig:
     temperature: float = 10.0  # τ of the token scale
     gt_weight: float = 0.0  # weight of the ground-truth loss added to TSLD
     steps: int = 450  # optimizer steps
-    batch_size: int = 32  # sequences of block_size tokens per step, over all processes
+    batch_size: int = 32  # sequences per step, over all processes
+    block_size: int | None = None  # tokens in a sequence; None: our GPT's own block_size
     accumulate: int = 1  # parts that each process takes its share of a batch in, one after the other
     lr: float = 1e-3  # peak learning rate, reached after the warm-up
     warmup: float = 0.05  # share of the steps over which the learning rate rises from 0
@@ -935,28 +1056,54 @@ def make_optimizer(model, config):
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
 
 
-def training_loss(student, teacher, ids, targets, config):
+def hidden_and_head(model, ids):
+    """(B, T, C) after the final norm, and the head (V, C); of our GPT, or of a transformers model."""
+    if isinstance(model, GPT):
+        return model.hidden(ids), model.lm_head.weight
+    return model.base_model(ids)[0], model.get_output_embeddings().weight
+
+
+@torch.no_grad()
+def has_lean_terms(model, loss):
+    """Can training_loss take lean terms? L2L looks between the layers, the ground truth alone has no teacher;
+    and a model's logits must be hidden @ head.T and nothing more, which is tried out on two tokens."""
+    if loss in ("gt", "l2l") or isinstance(model, GPT):
+        return loss not in ("gt", "l2l")
+    was_training = model.training
+    model.eval()
+    ids = torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device)
+    hidden, head = hidden_and_head(model, ids)
+    logits, product = _logits(model(ids)).float(), hidden.float() @ head.float().t()
+    model.train(was_training)
+    return logits.shape == product.shape and torch.allclose(logits, product, rtol=1e-5, atol=1e-5)
+
+
+def training_loss(student, teacher, ids, targets, config, lean=True):
     """One of LOSSES on one batch, ids and targets (B, T): both models forward, the terms, the loss.
 
-    Lean terms, even for a vocabulary of 2,048, where they are already a fifth faster than full logits; except
-    for L2L, which looks between the layers, and for the ground truth alone, which has no teacher.
+    The models are our GPTs, or both transformers' causal language models.
+    lean: take lean terms where the loss allows it, even for a vocabulary of 2,048, where they are already a
+        fifth faster than full logits.
     """
     if config.loss == "gt":
-        return F.cross_entropy(student(ids).float().flatten(0, 1), targets.flatten())
+        return F.cross_entropy(_logits(student(ids)).float().flatten(0, 1), targets.flatten())
     if config.loss == "l2l":
+        ours = isinstance(student, GPT)
+        ask = {"trace": True} if ours else {"output_hidden_states": True, "output_attentions": True}
         with torch.no_grad():
-            teacher_trace = teacher(ids, trace=True)
-        student_trace = student(ids, trace=True)
-        terms = per_token_terms(student_trace.logits, teacher_trace.logits, targets)
+            teacher_trace = teacher(ids, **ask)
+        student_trace = student(ids, **ask)
+        terms = per_token_terms(student_trace, teacher_trace, targets)
         terms = terms._replace(layers=layer_to_layer_loss(student_trace, teacher_trace))
+    elif lean:
+        with torch.no_grad():
+            teachers = hidden_and_head(teacher, ids)
+        setting = config.loss, config.temperature, config.gt_weight
+        terms = lean_per_token_terms(*hidden_and_head(student, ids), *teachers, targets, *setting)
     else:
         with torch.no_grad():
-            teacher_hidden = teacher.hidden(ids)
-        heads = student.lm_head.weight, teacher.lm_head.weight
-        setting = config.loss, config.temperature, config.gt_weight
-        terms = lean_per_token_terms(
-            student.hidden(ids), heads[0], teacher_hidden, heads[1], targets, *setting
-        )
+            teacher_logits = teacher(ids)
+        terms = per_token_terms(student(ids), teacher_logits, targets)
     return distillation_loss(config.loss, terms, config.temperature, config.gt_weight)
 
 
@@ -966,11 +1113,12 @@ class TrainingLoss(nn.Module):
     def __init__(self, student, teacher, config):
         super().__init__()
         self.student, self.config = student, config
+        self.lean = has_lean_terms(student, config.loss)
         self.frozen = [teacher]  # in a list, so that it is no submodule: it has nothing to synchronize
 
     def forward(self, ids, targets):
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
-            return training_loss(self.student, self.frozen[0], ids, targets, self.config)
+            return training_loss(self.student, self.frozen[0], ids, targets, self.config, self.lean)
 
 
 def add_gradients(objective, batch):
@@ -1006,6 +1154,7 @@ def sum_over_processes(*values):
 def train(model, tokens, config, teacher=None, checkpoint=None, resume=False, on_step=None):
     """Trains `model` in place, under any of LOSSES, on random pieces of `tokens`, int64 (n,), on the CPU.
 
+    model, teacher: GPTs, or both transformers' causal language models, which need config.block_size.
     checkpoint: a path. The state is written there every CHECKPOINT_SECONDS and at the end, the one before is
         kept beside it; with `resume` training goes on from there, to the weights it would have had anyway.
     on_step(step, loss): called after each step, 1-based, with the loss in nats; True saves and stops.
@@ -1015,7 +1164,7 @@ def train(model, tokens, config, teacher=None, checkpoint=None, resume=False, on
     TrainingDiverged: a NaN or infinite loss, before it can reach the weights. TrainingStopped: on_step asked.
     CheckpointError: the checkpoint is damaged or of another run. ValueError: the batch cannot be shared out.
     """
-    device, block_size = next(model.parameters()).device, model.config.block_size
+    device, block_size = next(model.parameters()).device, config.block_size or model.config.block_size
     rank, world = processes()
     if config.batch_size % (world * config.accumulate):
         shares = f"{world} processes times {config.accumulate} parts"
@@ -1080,18 +1229,51 @@ def evaluate(model, tokens, block_size):
     whole = len(inputs) // block_size * block_size  # tokens in whole blocks
     rows = max(1, 2048 // block_size)  # sequences at a time: bounds the logits' memory
     blocks = [part[:whole].view(-1, block_size).split(rows) for part in (inputs, targets)]
-    batches = list(zip(*blocks))
+    batches = list(zip(*blocks)) if whole else []
     if whole < len(inputs):
         batches.append((inputs[None, whole:], targets[None, whole:]))
     total, (rank, world) = 0.0, processes()
     with quantized_once(model):
         for ids, true in batches[rank::world]:
-            logits = model(ids.to(device))
-            logits = getattr(logits, "logits", logits).float()  # (B, T, V)
+            logits = _logits(model(ids.to(device))).float()  # (B, T, V)
             total += F.cross_entropy(logits.flatten(0, 1), true.flatten().to(device), reduction="sum").item()
     model.train(was_training)
     (total,) = sum_over_processes(total)
     return total / len(inputs)
+
+
+def download(urls, path, sha256=None, progress=None):
+    """The first of `urls` that answers, and matches the SHA-256 where one is given, into `path`: under a
+    temporary name, then renamed.
+
+    progress(done, total): called as the bytes come; total is 0 where it is not known.
+    ConnectionError: none of them does.
+    """
+    path, problems = Path(path), []
+    temporary = path.with_name(path.name + ".tmp")
+    for url in urls:
+        try:
+            done, digest = 0, hashlib.sha256()
+            with urllib.request.urlopen(url, timeout=10) as response:
+                total = int(response.headers.get("Content-Length") or 0)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with open(temporary, "wb") as file:
+                    while chunk := response.read(1 << 18):
+                        file.write(chunk)
+                        digest.update(chunk)
+                        done += len(chunk)
+                        if progress is not None:
+                            progress(done, total)
+            if done < total:
+                raise OSError(f"the connection broke off after {done:,} of {total:,} bytes")
+            if sha256 not in (None, digest.hexdigest()):
+                raise OSError("the content does not match its SHA-256")
+            os.replace(temporary, path)
+            return
+        except (OSError, http.client.HTTPException) as error:  # urllib's errors and time-outs are OSErrors
+            temporary.unlink(missing_ok=True)
+            problems.append(f"{url.split('/')[2]}: {getattr(error, 'reason', error)}")
+    raise ConnectionError(f"{path.name} cannot be downloaded ({'; '.join(dict.fromkeys(problems))})")
 
 
 CHECKPOINT_SECONDS = 120  # between two checkpoints: what a power cut may cost
@@ -1132,6 +1314,11 @@ def _digest(file, size):
     return digest.digest()
 
 
+def architecture(model):
+    """All that says which model this is but for its weights: a GPT's config, or what torch prints of it."""
+    return asdict(model.config) if isinstance(model, GPT) else repr(model)
+
+
 def _identity(model, tokens, config, teacher):
     """What a checkpoint must agree on with the run that resumes it: all that its weights depend on."""
 
@@ -1144,7 +1331,7 @@ def _identity(model, tokens, config, teacher):
     quantizers = {(m.bits, m.granularity) for m in model.modules() if isinstance(m, QuantLinear)}
     return {
         **asdict(config),
-        "model": asdict(model.config),
+        "model": architecture(model),
         "quantizers": sorted(quantizers),
         "text": digest([tokens]),
         "teacher": None if teacher is None else digest(teacher.parameters()),
@@ -1178,3 +1365,177 @@ def _load_state(path, identity, model, optimizer):
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     return state["step"], state["seconds"]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 6. Looking inside
+#
+# What the paper's argument rests on, measured: errors add up along the sequence, layer-to-layer distillation
+# leaves the final distribution wrong, and where the teacher is sure, distillation says what the ground truth
+# says. All of it on our GPT.
+
+
+@torch.no_grad()
+def error_by_position(student, teacher, ids):
+    """How far the student is from the teacher at each position of the sequence: Σ (student - teacher)² /
+    Σ teacher², summed over the sequences and the channels.
+
+    ids: int64 (B, T). Returns {"attention output": (T,), "logits": (T,)}, the former the mean over the layers.
+    Slide "Approach: Logit KD for Cumulative Quantization Error".
+    """
+    outputs = []
+    for model in (student, teacher):
+        caught = []
+        hooks = [b.attn.register_forward_hook(lambda module, inputs, y: caught.append(y)) for b in model.h]
+        logits = model(ids)
+        for hook in hooks:
+            hook.remove()
+        outputs.append((torch.stack(caught), logits[None]))  # (n_layer, B, T, C) and (1, B, T, V)
+    error = {}
+    for name, ours, theirs in zip(("attention output", "logits"), *outputs):
+        wrong, size = ((x.float() ** 2).sum((1, 3)) for x in (ours - theirs, theirs))  # (layers, T)
+        error[name] = (wrong / size).mean(0)
+    return error
+
+
+@torch.no_grad()
+def distance_by_token(student, teacher, ids):
+    """KL(P^T ‖ P^S) = Σ_i P^T_i (log P^T_i - log P^S_i) of each token, in nats. ids: (B, T). Returns (B, T)."""
+    theirs = teacher(ids)
+    return per_token_terms(student(ids), theirs, ids).kd - per_token_terms(theirs, theirs, ids).kd
+
+
+@torch.no_grad()
+def confidence(model, ids, targets):
+    """The probability of the likeliest token, and the cross-entropy of the true one in nats, each (B, T)."""
+    log_p = F.log_softmax(model(ids).float(), dim=-1)  # (B, T, V)
+    return log_p.amax(-1).exp(), -log_p.gather(-1, targets[..., None])[..., 0]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 7. Post-training baselines
+#
+# What the trained students are compared with in table 1: 4 bits, a scale per output channel, no training,
+# only a look at the inputs that a calibration text brings to each layer. Both take our GPT's layers in the
+# order in which they compute, so that each sees the inputs that the ones before it, already quantized, give.
+
+
+@torch.no_grad()
+def _inputs(model, layer, ids):
+    """What reaches `layer` when the model reads ids (B, T), (B · T, in)."""
+    caught = []
+    hook = layer.register_forward_pre_hook(lambda module, x: caught.append(x[0].flatten(0, -2).float()))
+    for rows in ids.split(8):
+        model.hidden(rows)
+    hook.remove()
+    return torch.cat(caught)
+
+
+def _calibrated_copy(model, calibration_ids, bits):
+    if bits != 4:
+        raise ValueError(f"the post-training baselines are for 4 bits, not {bits!r}")
+    if not isinstance(model, GPT):
+        raise ValueError(f"the post-training baselines are for our GPT, not {type(model).__name__}")
+    return copy.deepcopy(model).eval().requires_grad_(False), calibration_ids.to(model.wte.weight.device)
+
+
+def optq_weight(weight, x):
+    """The 4-bit weight ŵ, (out, in), that makes ‖x ŵ^T - x w^T‖² small, a column at a time: each column is
+    rounded, and those still to come are changed so as to make up for its error as well as they can.
+
+    With H = x^T x and U the upper Cholesky factor of its inverse, H⁻¹ = U^T U, for column i
+
+        ŵ_i = round(w_i)    e = (w_i - ŵ_i) / U_ii    w_j ← w_j - e U_ij for all j > i
+
+    weight: (out, in); x: (N, in), the inputs. Each row's scale and zero point are quantize_int4's for w.
+    Source: Frantar et al., "OPTQ: Accurate Quantization for Generative Pre-trained Transformers", 2023.
+    """
+    w = weight.detach().double()
+    _, scale, zero_point = quantize_int4(weight, "channel")
+    H = x.double().t() @ x.double()  # (in, in)
+    H.diagonal().add_(max(0.01 * H.diagonal().mean().item(), 1e-12))  # damped: few inputs leave H singular
+    U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
+    for i in range(w.shape[1]):
+        rounded = _dequantize(_int4_codes(w[:, i : i + 1], scale, zero_point), scale, zero_point)  # (out, 1)
+        error = (w[:, i : i + 1] - rounded) / U[i, i]
+        w[:, i + 1 :] -= error * U[i, i + 1 :]
+        w[:, i : i + 1] = rounded
+    return w.to(weight.dtype)
+
+
+def optq(model, calibration_ids, bits=4):
+    """A copy of our GPT with every linear layer but the head quantized by OPTQ, channel-wise.
+
+    calibration_ids: int64 (B, T). The weights are stored dequantized. ValueError: bits other than 4, or
+    another kind of model.
+    """
+    model, ids = _calibrated_copy(model, calibration_ids, bits)
+    for block in model.h:
+        for layer in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj):
+            layer.weight.copy_(optq_weight(layer.weight, _inputs(model, layer, ids)))
+    return model
+
+
+class ScaledLinear(nn.Module):
+    """A linear layer of x / input_scale."""
+
+    def __init__(self, layer, input_scale):
+        super().__init__()
+        self.layer = layer
+        self.register_buffer("input_scale", input_scale)  # (in,)
+
+    def forward(self, x):  # (..., in) -> (..., out)
+        return self.layer(x / self.input_scale)
+
+
+def awq_scale(weight, x):
+    """The scales s, (in,), of the input channels: the rounding error of a weight is about the same whatever
+    the weight's size, so multiplying the columns that meet large inputs by s > 1, and those inputs by 1 / s,
+    makes their error count less.
+
+        s = mean|x|^a,  of a = 0, 0.05, ... 0.95 the one with the least ‖(x / s) round(w s)^T - x w^T‖²
+
+    weight: (out, in); x: (N, in), the inputs. With a = 0 it is plain rounding.
+    Source: Lin et al., "AWQ: Activation-aware Weight Quantization", 2024.
+    """
+    size, exact = x.abs().mean(0).clamp(min=1e-4), x @ weight.t()
+    best = None
+    for step in range(20):
+        s = size ** (step / 20)
+        s = s / (s.max() * s.min()).sqrt()
+        error = ((x / s) @ fake_quantize(weight * s, 4, "channel").t() - exact).square().mean()
+        if best is None or error < best[0]:
+            best = error, s
+    return best[1]
+
+
+def awq(model, calibration_ids, bits=4):
+    """A copy of our GPT with every linear layer but the head quantized by AWQ, channel-wise.
+
+    The factor 1 / s goes into whatever makes the layer's input, where that is linear: the norm before c_attn
+    and c_fc; before the attention's c_proj the values, which are rows of the quantized c_attn and only get
+    other scales by it. After the GELU it stays with the layer, which becomes a ScaledLinear.
+
+    calibration_ids: int64 (B, T). The weights are stored dequantized. ValueError: bits other than 4, or
+    another kind of model.
+    """
+    model, ids = _calibrated_copy(model, calibration_ids, bits)
+
+    def quantized(layer):
+        s = awq_scale(layer.weight, _inputs(model, layer, ids))
+        layer.weight.copy_(fake_quantize(layer.weight * s, 4, "channel"))
+        return s
+
+    for block in model.h:
+        attn, mlp = block.attn, block.mlp
+        for norm, layer in ((block.ln_1, attn.c_attn), (block.ln_2, mlp.c_fc)):
+            s = quantized(layer)
+            norm.weight.div_(s)
+            norm.bias.div_(s)
+            if layer is attn.c_attn:
+                s = quantized(attn.c_proj)
+                values = slice(-len(s), None)  # of the rows for query, key and value
+                attn.c_attn.weight[values].div_(s[:, None])
+                attn.c_attn.bias[values].div_(s)
+        mlp.c_proj = ScaledLinear(mlp.c_proj, quantized(mlp.c_proj))
+    return model
