@@ -1407,6 +1407,184 @@ def test_logits_that_are_more_than_hidden_times_head_are_not_taken_for_it():
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Looking inside
+
+
+def test_error_by_position_is_relative_squared_error_at_each_token():
+    teacher, student, ids = micro_gpt(), tsld.quantize_model(micro_gpt()), micro_ids(3)
+    error = tsld.error_by_position(student, teacher, ids)
+    ours, theirs = (model(ids).detach().double().numpy() for model in (student, teacher))
+    expected = ((ours - theirs) ** 2).sum((0, 2)) / (theirs**2).sum((0, 2))
+    np.testing.assert_allclose(error["logits"].numpy(), expected, rtol=1e-4)
+    layers = []
+    states = [model(ids, trace=True).hidden_states for model in (student, teacher)]
+    for i in range(MICRO.n_layer):
+        blocks = zip((student, teacher), states)
+        ours, theirs = (
+            m.h[i].attn(m.h[i].ln_1(state[i]), torch.arange(8)).detach().double().numpy()
+            for m, state in blocks
+        )
+        layers.append(((ours - theirs) ** 2).sum((0, 2)) / (theirs**2).sum((0, 2)))
+    np.testing.assert_allclose(error["attention output"].numpy(), np.mean(layers, 0), rtol=1e-4)
+
+
+def test_distance_by_token_is_the_kl_divergence_of_the_two_distributions():
+    teacher, student, ids = micro_gpt(), micro_gpt(1), micro_ids(3)
+    p, q = (softmax64(model(ids).detach()) for model in (teacher, student))
+    kl = (p * np.log(p / q)).sum(-1)
+    np.testing.assert_allclose(
+        tsld.distance_by_token(student, teacher, ids).numpy(), kl, rtol=1e-4, atol=1e-5
+    )
+    assert tsld.distance_by_token(teacher, teacher, ids).abs().max() < 1e-6
+
+
+def test_confidence_is_the_largest_probability_and_the_cross_entropy():
+    model, ids, targets = micro_gpt(), micro_ids(3), micro_ids(3, seed=1)
+    p = softmax64(model(ids).detach())
+    sure, ce = tsld.confidence(model, ids, targets)
+    np.testing.assert_allclose(sure.numpy(), p.max(-1), rtol=1e-4)
+    true = np.take_along_axis(p, targets.numpy()[..., None], -1)[..., 0]
+    np.testing.assert_allclose(ce.numpy(), -np.log(true), rtol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Post-training baselines
+
+
+def correlated(n, width, seed=0):
+    """Inputs whose channels depend on each other, as those of a language model do."""
+    return randn(n, width, seed=seed) @ randn(width, width, seed=seed + 1) + 0.5
+
+
+def output_error(quantized, weight, x):
+    return ((x @ (quantized - weight).t()) ** 2).sum().item()
+
+
+def grid64(weight):
+    """Per row the values that 4 bits can take: quantize_int4's formula in float64."""
+    w = weight.double().numpy()
+    low, high = np.minimum(w.min(1), 0), np.maximum(w.max(1), 0)
+    scale = (high - low) / 15
+    return scale[:, None] * (np.arange(16) - np.round(-low / scale)[:, None])
+
+
+def test_optq_rounds_each_column_and_lets_the_rest_make_up_for_it():
+    weight, x = randn(3, 6), correlated(40, 6)
+    w, grid = weight.double().numpy(), grid64(weight)
+    H = x.double().numpy().T @ x.double().numpy()
+    H += 0.01 * np.mean(np.diag(H)) * np.eye(6)
+    expected, current = np.zeros_like(w), w.copy()
+    for i in range(6):
+        for row in range(3):
+            expected[row, i] = grid[row, np.abs(grid[row] - current[row, i]).argmin()]
+        done, rest = slice(0, i + 1), slice(i + 1, 6)
+        if i < 5:  # what minimizes the quadratic error in the rest, the columns done being what they are
+            made_up = np.linalg.solve(H[rest, rest], H[rest, done] @ (expected - w)[:, done].T)
+            current[:, rest] = w[:, rest] - made_up.T
+    np.testing.assert_allclose(tsld.optq_weight(weight, x).numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_optq_lies_between_round_to_nearest_and_the_best_of_all_roundings():
+    gap, closed = 0.0, 0.0
+    for seed in range(10):
+        weight, x = randn(1, 4, seed=seed), correlated(30, 4, seed=seed)
+        values = [torch.from_numpy(row).float() for row in np.repeat(grid64(weight), 4, 0)]
+        every = torch.cartesian_prod(*values)  # 16^4 roundings
+        best = ((x @ (every - weight).t()) ** 2).sum(0).min().item()
+        nearest = output_error(tsld.fake_quantize(weight, 4, "channel"), weight, x)
+        ours = output_error(tsld.optq_weight(weight, x), weight, x)
+        assert best <= ours * (1 + 1e-4)
+        gap, closed = gap + nearest - best, closed + nearest - ours
+    assert closed > 0.5 * gap > 0
+
+
+def test_optq_is_round_to_nearest_where_inputs_are_independent():
+    weight, x = randn(4, 5), torch.eye(5) * 3
+    torch.testing.assert_close(tsld.optq_weight(weight, x), tsld.fake_quantize(weight, 4, "channel"))
+
+
+def test_optq_takes_inputs_that_are_few_or_zero_and_rows_of_zeros():
+    weight = torch.cat([randn(2, 6), torch.zeros(1, 6)])
+    for x in (correlated(2, 6), torch.zeros(4, 6), correlated(9, 6) * torch.tensor([1.0, 0, 1, 1, 0, 1])):
+        quantized = tsld.optq_weight(weight, x)
+        assert torch.isfinite(quantized).all() and quantized[2].abs().max() == 0
+
+
+def test_awq_takes_the_best_scale_of_its_grid():
+    weight, x = randn(5, 8), correlated(50, 8) * torch.tensor([1.0, 1, 1, 1, 1, 1, 1, 12.0])
+    exact, mean = x @ weight.t(), x.abs().mean(0)
+    errors, scales = [], []
+    for step in range(20):
+        s = mean ** (step / 20)
+        scales.append(s / math.sqrt(s.max() * s.min()))
+        quantized = tsld.fake_quantize(weight * scales[-1], 4, "channel")
+        errors.append((((x / scales[-1]) @ quantized.t() - exact) ** 2).sum().item())
+    best = int(np.argmin(errors))
+    assert best > 0 and errors[best] < 0.8 * errors[0]  # a = 0 is round to nearest
+    torch.testing.assert_close(tsld.awq_scale(weight, x), scales[best])
+
+
+LAYERS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+
+
+@pytest.mark.parametrize("method", ["optq", "awq"])
+def test_post_training_methods_give_a_copy_whose_layers_beat_round_to_nearest(method):
+    model, ids = micro_gpt(block_size=16, n_embd=24), micro_ids(40, 16)
+    before = copy.deepcopy(model.state_dict())
+    quantized = getattr(tsld, method)(model, ids)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert not quantized.training and quantized.lm_head.weight is quantized.wte.weight
+    weight = model.h[0].attn.c_attn.weight  # the first layer sees the same inputs in both
+    x = model.h[0].ln_1(model.wte(ids) + model.wpe(torch.arange(16))).flatten(0, 1).detach()
+    exact = x @ weight.t()
+    ours = quantized.h[0]
+    theirs = (
+        ours.ln_1(model.wte(ids) + model.wpe(torch.arange(16))).flatten(0, 1) @ ours.attn.c_attn.weight.t()
+    )
+    if method == "awq":  # the values carry the next layer's scale, which that layer's weight takes back
+        exact, theirs, weight = exact[:, :48], theirs[:, :48], weight[:48]
+    nearest = x @ tsld.fake_quantize(weight, 4, "channel").t()
+    assert ((theirs - exact) ** 2).sum() < ((nearest - exact) ** 2).sum()
+    with pytest.raises(ValueError, match="4 bits, not 2"):
+        getattr(tsld, method)(model, ids, bits=2)
+    with pytest.raises(ValueError, match="not Linear"):
+        getattr(tsld, method)(nn.Linear(2, 2), ids)
+
+
+def test_optq_calibrates_each_layer_with_those_before_it_quantized():
+    model, ids = micro_gpt(), micro_ids(20)
+    expected, ours = copy.deepcopy(model), tsld.optq(model, ids)
+    for block in range(MICRO.n_layer):
+        for name in LAYERS:
+            caught = []
+            layer = expected.get_submodule(f"h.{block}.{name}")
+            hook = layer.register_forward_pre_hook(lambda module, x: caught.append(x[0].detach()))
+            expected(ids)
+            hook.remove()
+            layer.weight.data = tsld.optq_weight(layer.weight, caught[0].flatten(0, 1))
+            torch.testing.assert_close(ours.get_submodule(f"h.{block}.{name}").weight, layer.weight)
+
+
+def test_awqs_folded_scales_compute_what_scales_on_every_layers_own_input_would():
+    model, ids = micro_gpt(), micro_ids(20)
+    expected, ours = copy.deepcopy(model).requires_grad_(False), tsld.awq(model, ids)
+    for block in range(MICRO.n_layer):
+        for name in LAYERS:
+            name, caught = f"h.{block}.{name}", []
+            layer = expected.get_submodule(name)
+            hook = layer.register_forward_pre_hook(lambda module, x: caught.append(x[0].flatten(0, 1)))
+            expected(ids)
+            hook.remove()
+            s = tsld.awq_scale(layer.weight, caught[0])
+            layer.weight.copy_(tsld.fake_quantize(layer.weight * s, 4, "channel") / s)
+    torch.testing.assert_close(ours(ids), expected(ids), rtol=1e-3, atol=1e-3)
+    assert type(ours.h[0].attn.c_proj) is nn.Linear and isinstance(ours.h[0].mlp.c_proj, tsld.ScaledLinear)
+    for block in ours.h:  # the weights are on a grid of 16 values in each row, those of the values as well
+        for weight in (block.attn.c_attn.weight, block.attn.c_proj.weight, block.mlp.c_proj.layer.weight):
+            assert all(len(np.unique(row.numpy().round(5))) <= 16 for row in weight)
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Data and vocabulary
 
 
@@ -1948,6 +2126,86 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_the_last_good_checkpo
     assert "the loss became inf at step 3, learning rate" in printed
     assert f"the last checkpoint is {tmp_path / 'out' / 'student-tsld.pt'}" in printed
     assert tsld.read_file(tmp_path / "out" / "student-tsld.pt")["step"] == 2
+
+
+def read_csv(path):
+    header, *lines = path.read_text().splitlines()
+    rows = [[float(x) for x in line.split(",")] for line in lines]
+    return dict(zip([title.strip('"') for title in header.split('","')], zip(*rows)))
+
+
+@pytest.mark.parametrize("drawn", [True, False])
+def test_figures_are_drawn_and_their_numbers_kept(drawn, tiny, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_small, "DATA", tmp_path)
+    exact = importlib.util.find_spec
+    if not drawn:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: name != "matplotlib" and exact(name))
+    elif not exact("matplotlib"):
+        pytest.skip("matplotlib is not installed")
+    argv = ["--loss", "all", "--figures", "--dtype", "float32", *tiny]
+    out = run(argv, capsys)
+    folder = tmp_path / "figures"
+    names = ["1-error-by-position", "2-distance-to-teacher", "3-training-curves", "4-confidence"]
+    assert sorted(path.stem for path in folder.glob("*.csv")) == names
+    assert sorted(path.stem for path in folder.glob("*.png")) == (names if drawn else [])
+    assert drawn or "the package matplotlib would draw them" in out
+    rows = {row["loss"]: row for row in json.loads((tmp_path / "out" / "results.json").read_text())}
+    curves = read_csv(folder / "3-training-curves.csv")
+    assert curves["step"] == (1, 2, 3, 4, 5, 6)
+    for loss in ("logit", "logit_gt", "tsld"):
+        assert curves[f"{loss}, validation"][-1] == pytest.approx(
+            math.log(rows[loss]["student_ppl"]), rel=1e-4
+        )
+    error = read_csv(folder / "1-error-by-position.csv")
+    assert len(error) == 1 + 3 * 2 and error["position"] == tuple(range(1, 17))
+    distance = read_csv(folder / "2-distance-to-teacher.csv")
+    assert set(distance) == {"without training", "l2l", "logit"} and min(distance["logit"]) > -1e-5
+    tokens = read_csv(folder / "4-confidence.csv")
+    scale, ce = np.array(tokens["token scale times N"]), np.array(tokens["cross-entropy"])
+    whole = np.exp(ce / 10).reshape(-1, 16)
+    np.testing.assert_allclose(scale.reshape(-1, 16), 16 * whole / whole.sum(1, keepdims=True), rtol=1e-3)
+    if drawn:
+        before = (folder / "3-training-curves.csv").read_text()
+        run(
+            [*argv, "--resume"], capsys
+        )  # a finished run, resumed: the curves are still those of its training
+        assert (folder / "3-training-curves.csv").read_text() == before
+
+
+def test_the_table_has_every_row_of_the_papers_and_goes_on_where_it_stopped(
+    tiny, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(train_small, "DATA", tmp_path)
+    monkeypatch.setattr(train_small, "SEEDS", (0, 1))
+    out = run(["--table", *tiny], capsys)
+    path = tmp_path / "results" / "table.json"
+    rows = json.loads(path.read_text())
+    methods = collections.Counter((row["bits"], row["method"]) for row in rows)
+    once = [(32, "teacher"), (4, "round-to-nearest"), (4, "OPTQ"), (4, "AWQ"), (2, "ternarized")]
+    assert methods == {key: 1 for key in once} | {
+        **{(4, loss): 2 for loss in ("logit", "logit_gt", "tsld")},
+        **{(2, loss): 2 for loss in ("l2l", "logit", "logit_gt", "gt")},
+        (2, "tsld"): 2 * (1 + 6),
+    }
+    assert all(row[key] for row in rows for key in ("command", "commit", "machine", "date"))
+    assert not list((tmp_path / "out").glob("student-*"))
+    values = [row["valid_ppl"] for row in rows if (row["bits"], row["method"]) == (2, "gt")]
+    cell = f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"
+    assert f"| 2 | gt |  |  | 2 | {cell} |" in out
+
+    path.write_text(json.dumps(rows[3:-2]))
+    out = run(["--table", *tiny], capsys)
+    assert out.count("student, tsld-2-10.0-1.0-1: 6 steps") == 1 and "student, logit-2-" not in out
+    again = json.loads(path.read_text())
+    key = lambda row: json.dumps(
+        {k: v for k, v in row.items() if k not in ("date", "command")}, sort_keys=True
+    )
+    assert sorted(map(key, again)) == sorted(map(key, rows))
+
+    run(["--loss", "logit", *tiny], capsys)
+    single = json.loads((tmp_path / "out" / "results.json").read_text())[0]
+    row = next(r for r in rows if (r["bits"], r["method"], r.get("seed")) == (2, "logit", 0))
+    assert (single["student_ppl"], single["test_student_bpb"]) == (row["valid_ppl"], row["test_bpb"])
 
 
 def source(argv, device):

@@ -808,7 +808,7 @@ def draw_figures(folder, error, distances, curves, tokens):
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharex=True)
     for label, values in error.items():
         name, what = label.rsplit(", ", 1)
-        axis = axes[what == "logits"]
+        axis = axes[0 if what == "attention output" else 1]
         axis.plot(range(1, len(values) + 1), values, color=colours[name], label=NAMES[name])
         axis.set(title=what, xlabel="position in the sequence, tokens", yscale="log")
     axes[0].set_ylabel("relative squared error")
