@@ -189,7 +189,7 @@ def test_quant_linear_computes_with_the_quantized_weight_and_the_exact_bias():
     assert layer.weight.requires_grad and "bits=2" in repr(layer)
 
 
-@pytest.mark.parametrize("leading", [(5,), (2, 3), (1, 1, 4)])
+@pytest.mark.parametrize("leading", [(), (5,), (2, 3), (1, 1, 4)])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("bits", [2, 4])
 def test_quant_linear_is_the_product_with_the_fake_quantized_weight_forward_and_backward(bits, bias, leading):
@@ -214,6 +214,8 @@ def test_a_quantized_layer_keeps_a_byte_a_weight_for_the_backward_pass():
 def test_unknown_bits_and_granularity_are_refused():
     with pytest.raises(ValueError, match="bits"):
         tsld.fake_quantize(randn(2, 2), bits=3)
+    with pytest.raises(ValueError, match="bits"):
+        QuantLinear(2, 2, bits=3)(randn(2))
     for function in (tsld.ternarize, tsld.quantize_int4, tsld.fake_quantize):
         with pytest.raises(ValueError, match="granularity"):
             function(randn(2, 2), granularity="row")
@@ -1510,8 +1512,9 @@ def test_optq_takes_inputs_that_are_few_or_zero_and_rows_of_zeros():
         assert torch.isfinite(quantized).all() and quantized[2].abs().max() == 0
 
 
-def test_awq_takes_the_best_scale_of_its_grid():
-    weight, x = randn(5, 8), correlated(50, 8) * torch.tensor([1.0, 1, 1, 1, 1, 1, 1, 12.0])
+@pytest.mark.parametrize("seed", range(4))
+def test_awq_takes_the_best_scale_of_its_grid(seed):
+    weight, x = randn(5, 8, seed=seed), correlated(50, 8, seed) * torch.tensor([1.0, 1, 1, 1, 1, 1, 1, 12.0])
     exact, mean = x @ weight.t(), x.abs().mean(0)
     errors, scales = [], []
     for step in range(20):
@@ -1520,7 +1523,7 @@ def test_awq_takes_the_best_scale_of_its_grid():
         quantized = tsld.fake_quantize(weight * scales[-1], 4, "channel")
         errors.append((((x / scales[-1]) @ quantized.t() - exact) ** 2).sum().item())
     best = int(np.argmin(errors))
-    assert best > 0 and errors[best] < 0.8 * errors[0]  # a = 0 is round to nearest
+    assert best > 0 and errors[best] < errors[0]  # a = 0 is round to nearest
     torch.testing.assert_close(tsld.awq_scale(weight, x), scales[best])
 
 

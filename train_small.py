@@ -597,38 +597,28 @@ def table(args):
     """Fills data/results/table.json; what is there already, of the same teacher and settings, is not done again."""
     setup, path = set_up(args), check_folder(DATA / "results") / "table.json"
     rows = json.loads(path.read_text()) if path.exists() else []
-    teacher = train_teacher(setup)
-    wanted = [{"bits": 32, "method": "teacher"}]
-    wanted += [{"bits": bits, "method": method} for bits, method in UNTRAINED]
-    trained = [(bits, loss, args.tsld_temperature, args.gt_weight) for bits, loss in TRAINED]
-    trained += [(2, "tsld", temperature, gt_weight) for temperature, gt_weight in ABLATION]
-    for seed in SEEDS:
-        for bits, loss, temperature, gt_weight in trained:
-            config = replace(
-                setup.student, loss=loss, seed=seed, temperature=temperature, gt_weight=gt_weight
-            )
-            wanted.append({"bits": bits, "method": loss, **json.loads(json.dumps(asdict(config)))})
-    same = {"teacher": teacher_path(setup).name, "student_tokens": len(setup.tokens["student"])}
-    half = None
-    for number, setting in enumerate(wanted, 1):
+    teacher, half = train_teacher(setup), None
+    weights = hashlib.sha256()
+    for parameter in teacher.parameters():
+        weights.update(parameter.detach().cpu().numpy())
+    same = {"teacher": f"{teacher_path(setup).stem}, weights {weights.hexdigest()[:8]}"}
+    same |= {"teacher_steps": setup.teacher.steps, "student_tokens": len(setup.tokens["student"])}
+    wanted = wanted_rows(setup)
+    for number, (setting, config) in enumerate(wanted, 1):
         setting |= same
         if any(setting.items() <= row.items() for row in rows):
             continue
-        name = "-".join(
-            str(setting[key])
-            for key in ("method", "bits", "temperature", "gt_weight", "seed")
-            if key in setting
+        parts = (
+            setting[key] for key in ("method", "bits", "temperature", "gt_weight", "seed") if key in setting
         )
+        name = "-".join(map(str, parts))
         print(f"{number} of {len(wanted)}: {name}", flush=True)
-        if "loss" in setting:
-            if half is None:
-                half = frozen_teacher(setup, teacher, setup.score(teacher, ["valid"])["valid"]["ppl"])
-            model = quantized_copy(teacher, setting["bits"], "tensor")
-            names = TrainConfig.__dataclass_fields__.keys() & setting.keys()
-            config = TrainConfig(**{key: setting[key] for key in names} | {"betas": tuple(setting["betas"])})
-            train_student(setup, model, config, half, name, resume=True)
-        else:
+        if config is None:
             model = untrained(setup, teacher, setting["method"])
+        else:
+            half = half or frozen_teacher(setup, teacher, setup.score(teacher, ["valid"])["valid"]["ppl"])
+            model = quantized_copy(teacher, setting["bits"], "tensor")
+            train_student(setup, model, config, half, name, resume=True)
         scores = setup.score(model)
         measured = {f"{part}_{unit}": x for part in scores for unit, x in scores[part].items()}
         rows.append(setting | measured | where_and_when())
@@ -636,6 +626,24 @@ def table(args):
         for file in Path(args.out).glob(f"student-{name}.*pt"):
             file.unlink()  # its row is all that is needed
     print_results([row for row in rows if same.items() <= row.items()])
+
+
+def wanted_rows(setup):
+    """What the table is to hold: a setting, and the training configuration where there is one to do."""
+    wanted = [({"bits": bits, "method": method}, None) for bits, method in ((32, "teacher"), *UNTRAINED)]
+    default = setup.student.temperature, setup.student.gt_weight
+    students = [(seed, *row, *default) for seed in SEEDS for row in TRAINED]
+    students += [(seed, 2, "tsld", *setting) for seed in SEEDS for setting in ABLATION]
+    for seed, bits, loss, temperature, gt_weight in students:
+        config = replace(setup.student, loss=loss, seed=seed, temperature=temperature, gt_weight=gt_weight)
+        setting = {
+            "bits": bits,
+            "method": loss,
+            **asdict(config),
+            "betas": list(config.betas),
+        }  # as JSON has it
+        wanted.append((setting, config))
+    return wanted
 
 
 def untrained(setup, teacher, method):

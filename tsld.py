@@ -121,6 +121,9 @@ def _int4_codes(w, scale, zero_point):
 
 
 def _quantize(weight, bits, granularity):
+    """Codes, and what dequantizes them. ValueError: other bits than 2 and 4, or an unknown granularity."""
+    if bits not in (2, 4):
+        raise ValueError(f"bits must be 2 or 4, not {bits!r}")
     return ternarize(weight, granularity) if bits == 2 else quantize_int4(weight, granularity)
 
 
@@ -147,8 +150,6 @@ def fake_quantize(weight, bits=2, granularity="tensor"):
 
     bits: 2 (ternary) or 4. ValueError: other bits, or an unknown granularity.
     """
-    if bits not in (2, 4):
-        raise ValueError(f"bits must be 2 or 4, not {bits!r}")
     return _StraightThrough.apply(weight, bits, granularity)
 
 
@@ -174,14 +175,10 @@ class _QuantizedProduct(torch.autograd.Function):
     def backward(ctx, grad_y):  # (..., out)
         x, *quantized = ctx.saved_tensors
         grad_x = grad_y @ _dequantize(*quantized).to(ctx.dtype)  # (..., in)
-        grad_y = grad_y.flatten(0, -2)
-        grad_weight = grad_y.t() @ x.flatten(0, -2)  # (out, in): ∂L/∂ŵ
-        return (
-            grad_x,
-            grad_weight,
-            grad_y.sum(0) if ctx.needs_input_grad[2] else None,
-            *[None] * len(quantized),
-        )
+        x, grad_y = (t.reshape(-1, t.shape[-1]) for t in (x, grad_y))  # (N, in), (N, out)
+        grad_weight = grad_y.t() @ x  # (out, in): ∂L/∂ŵ
+        grad_bias = grad_y.sum(0) if ctx.needs_input_grad[2] else None
+        return grad_x, grad_weight, grad_bias, *[None] * len(quantized)
 
 
 class QuantLinear(nn.Linear):
