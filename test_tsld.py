@@ -1360,6 +1360,12 @@ def test_another_familys_student_is_quantized_distilled_packed_and_saved(name, t
     losses = []
     config = TrainConfig(steps=20, batch_size=16, block_size=8, lr=0.02)
     tsld.train(student, TEXT, config, teacher, on_step=lambda step, loss: losses.append(loss))
+    layers = tsld.quantize_model(copy.deepcopy(teacher))  # L2L trains it as well
+    l2l = []
+    tsld.train(
+        layers, TEXT, replace(config, loss="l2l"), teacher, on_step=lambda step, loss: l2l.append(loss)
+    )
+    assert np.mean(l2l[-3:]) < l2l[0] - 0.02
     with torch.no_grad():
         floor = tsld.distillation_loss("tsld", tsld.per_token_terms(teacher(ids), teacher(ids), targets))
     assert np.mean(losses[-3:]) - floor < 0.6 * (losses[0] - floor)  # what is left above the least possible

@@ -662,23 +662,18 @@ def untrained(setup, teacher, method):
 
 def where_and_when():
     """What a result needs beside it to be believed."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=DATA.parent, capture_output=True, text=True
-    )
-    cpu = Path("/proc/cpuinfo")
-    name = (
-        cpu.read_text().split("model name")[1].split(":")[1].split("\n")[0].strip()
-        if cpu.exists()
-        else platform.machine()
-    )
-    machine = (
-        torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"{name}, {torch.get_num_threads()} threads"
-    )
+    commit = "unknown"
+    if shutil.which("git"):
+        ask = ["git", "-C", str(DATA.parent), "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(ask, capture_output=True, text=True).stdout.strip() or commit
+    cpus = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*: (.+)", cpus.read_text()) if cpus.exists() else None
+    machine = f"{named[1] if named else platform.machine()}, {torch.get_num_threads()} threads"
+    if torch.cuda.is_available():
+        machine = torch.cuda.get_device_name()
     return {
         "command": " ".join(["python", *sys.argv]),
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": commit,
         "machine": f"{machine}, torch {torch.__version__}",
         "date": datetime.date.today().isoformat(),
     }
@@ -769,10 +764,8 @@ class Figures:
             curves |= {f"{loss}, training": [history[str(step)][0] for step in steps]}
             curves |= {f"{loss}, validation": [history[str(step)][1] for step in steps]}
         self.write_csv("3-training-curves", curves)
-        N = self.ids.shape[1]
-        scale = N * tsld.token_scale(
-            self.ce["teacher"], self.setup.student.temperature
-        )  # 1: as much as any other
+        # 1 where a token counts as much as it would without scaling.
+        scale = self.ids.shape[1] * tsld.token_scale(self.ce["teacher"], self.setup.student.temperature)
         change = self.ce["tsld"] - self.ce["logit"]
         columns = {"top probability": self.sure, "cross-entropy": self.ce["teacher"]}
         columns |= {"token scale times N": scale, "TSLD minus logit": change}
@@ -790,104 +783,101 @@ class Figures:
         write_text(self.folder / f"{name}.csv", "\n".join(lines) + "\n")
 
 
-NAMES = {
-    "l2l": "L2L+logit",
-    "logit": "logit",
-    "logit_gt": "logit+GT",
-    "tsld": "TSLD",
-    "without training": "without training",
+# Name in a figure, and colour.
+STYLES = {
+    "without training": ("without training", "C7"),
+    "l2l": ("L2L+logit", "C1"),
+    "logit": ("logit", "C0"),
+    "logit_gt": ("logit+GT", "C3"),
+    "tsld": ("TSLD", "C2"),
 }
 
 
 def draw_figures(folder, error, distances, curves, tokens):
+    """PNG files of what Figures saw. The titles are made of the numbers, so they say what is seen."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    colours = dict(
-        zip(("without training", "l2l", "logit", "logit_gt", "tsld"), ("C7", "C1", "C0", "C3", "C2"))
-    )
-
-    def save(name, figure):
+    figures = {
+        "1-error-by-position": draw_error(plt, error),
+        "2-distance-to-teacher": draw_distance(plt, distances),
+        "3-training-curves": draw_curves(plt, curves),
+        "4-confidence": draw_confidence(plt, tokens),
+    }
+    for name, (figure, title) in figures.items():
+        figure.suptitle(title, fontsize=10)
         figure.savefig(folder / f"{name}.png", dpi=110)
         plt.close(figure)
 
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharex=True)
+
+def draw_error(plt, error):
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     for label, values in error.items():
         name, what = label.rsplit(", ", 1)
         axis = axes[0 if what == "attention output" else 1]
-        axis.plot(range(1, len(values) + 1), values, color=colours[name], label=NAMES[name])
+        title, colour = STYLES[name]
+        axis.plot(range(1, len(values) + 1), values, color=colour, label=title)
         axis.set(title=what, xlabel="position in the sequence, tokens", yscale="log")
     axes[0].set_ylabel("relative squared error")
     axes[0].legend()
-    save("1-error-by-position", titled(figure, first_figure_title(error)))
+    values = error["without training, attention output"]
+    quarter = max(1, len(values) // 4)
+    growth = statistics.mean(values[-quarter:]) / statistics.mean(values[:quarter])
+    l2l, logit = (statistics.mean(error[f"{name}, logits"]) for name in ("l2l", "logit"))
+    seen = f"Untrained, attention's error in the last quarter is {growth:.1f} times that in the first; "
+    return figure, seen + f"L2L leaves {l2l / logit:.1f} times logit distillation's error in the logits"
 
+
+def draw_distance(plt, distances):
     figure, axis = plt.subplots(figsize=(6.5, 3.8), layout="constrained")
+    means = {name: statistics.mean(values) for name, values in distances.items()}
     for name, values in distances.items():
+        title, colour = STYLES[name]
         shares = [(i + 1) / len(values) for i in range(len(values))]
-        label = f"{NAMES[name]}: mean {statistics.mean(values):.3f}"
-        axis.plot(values, shares, color=colours[name], label=label)
-    axis.set(
-        xscale="log",
-        xlim=(1e-3, None),
-        xlabel="KL(teacher ‖ student) of a token, nats",
-        ylabel="share of tokens below",
-    )
+        axis.plot(values, shares, color=colour, label=f"{title}: mean {means[name]:.3f}")
+    axis.set(xlabel="KL(teacher ‖ student) of a token, nats", ylabel="share of tokens below")
+    axis.set(xscale="log", xlim=(1e-3, None))
     axis.legend()
-    closer, other = sorted(("l2l", "logit"), key=lambda name: statistics.mean(distances[name]))
-    title = f"{NAMES[closer]} distillation ends nearer to the teacher's distribution than {NAMES[other]}"
-    save("2-distance-to-teacher", titled(figure, title))
+    closer, other = (STYLES[name][0] for name in sorted(("l2l", "logit"), key=means.get))
+    return figure, f"{closer} distillation ends nearer to the teacher's distribution than {other}"
 
+
+def draw_curves(plt, curves):
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for axis, text in zip(axes, ("training", "validation")):
-        for name in ("logit", "logit_gt", "tsld"):
-            axis.plot(curves["step"], curves[f"{name}, {text}"], color=colours[name], label=NAMES[name])
-        axis.set(title=f"{text} text", xlabel="step", ylabel="cross-entropy, nats per token")
+    gaps = []
+    for name in ("logit", "logit_gt", "tsld"):
+        title, colour = STYLES[name]
+        for axis, text in zip(axes, ("training", "validation")):
+            axis.plot(curves["step"], curves[f"{name}, {text}"], color=colour, label=title)
+            axis.set(title=f"{text} text", xlabel="step", ylabel="cross-entropy, nats per token")
+        gaps.append(f"{title} {curves[f'{name}, validation'][-1] - curves[f'{name}, training'][-1]:.2f}")
     axes[0].legend()
-    gaps = {
-        name: curves[f"{name}, validation"][-1] - curves[f"{name}, training"][-1]
-        for name in ("logit", "logit_gt", "tsld")
-    }
-    figures = ", ".join(f"{NAMES[name]} {gap:.2f}" for name, gap in gaps.items())
-    save("3-training-curves", titled(figure, f"Gap from training to validation at the end, nats: {figures}"))
+    return figure, f"From training to validation text the students lose, nats: {', '.join(gaps)}"
 
+
+def draw_confidence(plt, tokens):
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained", width_ratios=(3, 2))
     sure, ce = tokens["top probability"], tokens["cross-entropy"]
     dots = axes[0].scatter(sure, ce, c=tokens["token scale times N"], s=3, cmap="viridis", rasterized=True)
     figure.colorbar(dots, ax=axes[0], label="token scale times N")
     axes[0].axvline(0.5, color="C3")
-    axes[0].text(0.52, 0.95, "high confidence", transform=axes[0].transAxes, color="C3")
-    axes[0].text(0.2, 0.95, "low confidence", transform=axes[0].transAxes, color="C3")
-    axes[0].set(xlabel="teacher's top probability", ylabel="teacher's cross-entropy, nats")
+    axes[0].set(xlabel="teacher's top probability", ylabel="teacher's cross-entropy, nats", xlim=(0, 1))
     change = {"low confidence": [], "high confidence": []}
     for p, d in zip(sure, tokens["TSLD minus logit"]):
         change["high confidence" if p > 0.5 else "low confidence"].append(d)
-    means = {name: statistics.mean(values) if values else 0.0 for name, values in change.items()}
+    for x, region in zip((0.02, 0.52), change):
+        axes[0].text(x, 0.95, region, transform=axes[0].transAxes, color="C3")
+    means = {region: statistics.mean(values) if values else 0.0 for region, values in change.items()}
     errors = [statistics.stdev(v) / len(v) ** 0.5 if len(v) > 1 else 0.0 for v in change.values()]
-    axes[1].bar(list(means), list(means.values()), yerr=errors, color="C2", capsize=4)
+    axes[1].bar(list(means), list(means.values()), yerr=errors, color=STYLES["tsld"][1], capsize=4)
     axes[1].axhline(0, color="black", linewidth=0.8)
     axes[1].set_ylabel("cross-entropy, TSLD minus logit, nats")
-    signs = " and ".join(
-        f"{'raises' if mean > 0 else 'lowers'} it by {abs(mean):.3f} at {name}"
-        for name, mean in means.items()
-    )
-    save("4-confidence", titled(figure, f"Against logit, TSLD {signs}"))
-
-
-def first_figure_title(error):
-    """Does the error at the last quarter of the positions exceed that of the first?"""
-    values = error["logit, attention output"]
-    quarter = max(1, len(values) // 4)
-    grows = statistics.mean(values[-quarter:]) / statistics.mean(values[:quarter])
-    l2l, logit = (statistics.mean(error[f"{name}, logits"]) for name in ("l2l", "logit"))
-    left = f"L2L leaves {l2l / logit:.1f} times logit distillation's error in the logits"
-    return f"Attention's error, last quarter over first: {grows:.1f}; {left}"
-
-
-def titled(figure, title):
-    figure.suptitle(title, fontsize=10)
-    return figure
+    seen = [
+        f"{'raises' if m > 0 else 'lowers'} it by {abs(m):.3f} at {region}" for region, m in means.items()
+    ]
+    return figure, f"Tokens' cross-entropy: against logit, TSLD {' and '.join(seen)}"
 
 
 # ------------------------------------------------------------------------------------------------------------
