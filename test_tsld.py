@@ -975,6 +975,27 @@ def test_lean_terms_and_gradients_are_those_of_full_logits(name, rows, tied, nam
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("rows", [2, 7, 1000])
+def test_the_ground_truth_alone_takes_lean_terms_without_a_teacher(rows, monkeypatch):
+    monkeypatch.setattr(tsld, "SCRATCH_BYTES", 4 * 11 * rows)
+    gradients = []
+    for lean in (True, False):
+        student, _, targets, inner = lean_example(3, 5, 6, 11, tied=True)
+        if lean:
+            terms = tsld.lean_per_token_terms(*student, None, None, targets, loss="gt")
+            assert terms.kd.abs().max() == terms.ce_teacher.abs().max() == 0
+            loss = tsld.distillation_loss("gt", terms)
+        else:
+            loss = F.cross_entropy((student[0] @ student[1].T).flatten(0, 1), targets.flatten())
+        (2 * loss).backward()
+        gradients.append((loss, inner.grad, student[1].grad))
+    for got, expected in zip(*gradients):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    for loss in (None, "tsld"):
+        with pytest.raises(ValueError, match="only the loss 'gt' can do without a teacher"):
+            tsld.lean_per_token_terms(*student, None, None, targets, loss=loss)
+
+
 def test_lean_terms_never_hold_all_logits(monkeypatch):
     sizes, original = [], tsld._log_probabilities
 
@@ -1396,7 +1417,7 @@ def test_another_familys_losses_are_those_of_its_logits(name, loss):
         layers = layers + (s - t).square().sum() / (3 * 2 * 8 * 9 / 2)
     expected = tsld.distillation_loss(loss, terms._replace(layers=layers))
     lean = tsld.has_lean_terms(student, loss)
-    assert lean == (loss in ("logit", "logit_gt", "tsld"))
+    assert lean == (loss != "l2l")
     for way in {lean, False}:
         ours = tsld.training_loss(student, teacher, ids, targets, config, way)
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)

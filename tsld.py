@@ -87,8 +87,9 @@ def ternarize(weight, granularity="tensor"):
     w = weight.detach().float()
     threshold = 0.7 * w.abs().mean(group, keepdim=True)
     codes = (w > threshold).to(torch.int8) - (w < -threshold).to(torch.int8)
-    count = (codes != 0).sum(group, keepdim=True).clamp(min=1)  # a group of zeros: 0 / 1 instead of 0 / 0
-    scale = (codes * w).sum(group, keepdim=True) / count  # codes · w is |w| where |w| > Δ, else 0
+    count = codes.abs().sum(group, keepdim=True, dtype=torch.float32)
+    total = (codes * w).sum(group, keepdim=True)  # codes · w is |w| where |w| > Δ, else 0
+    scale = total / count.clamp(min=1)  # a group of zeros: 0 / 1 instead of 0 / 0
     return codes, scale
 
 
@@ -873,15 +874,19 @@ def lean_per_token_terms(
     """The Terms of per_token_terms from logits = hidden @ head.T, a few rows of them at a time: neither
     model's (B, T, V) logits ever exist whole, forward or backward.
 
-    hidden: (B, T, C), after the final norm; head: (V, C); targets: int64 (B, T).
+    hidden: (B, T, C), after the final norm; head: (V, C); targets: int64 (B, T). For the loss "gt" the
+        teacher's may be None, and its terms are then 0.
     loss: the one of LOSSES that the terms will go into, with its temperature and gt_weight. Its gradient is
         then taken while the logits are there, and the terms must not go into another. Without it they may,
         and the backward pass computes the logits again.
-    No gradient flows into the teacher. ValueError: an unknown loss.
+    No gradient flows into the teacher. ValueError: an unknown loss, or no teacher where the loss needs one.
     """
     if loss is not None and loss not in LOSSES:
         raise ValueError(f"loss must be one of {', '.join(LOSSES)}, not {loss!r}")
-    models = student_hidden, student_head, teacher_hidden.detach(), teacher_head.detach()
+    if teacher_hidden is None and loss != "gt":
+        raise ValueError(f"only the loss 'gt' can do without a teacher, not {loss!r}")
+    teacher = (None if x is None else x.detach() for x in (teacher_hidden, teacher_head))
+    models = student_hidden, student_head, *teacher
     return Terms(*_LeanTerms.apply(*models, targets, loss, temperature, gt_weight))
 
 
@@ -918,8 +923,9 @@ def _add_gradients(grad_hidden, grad_head, hidden, head, log_p_student, p_teache
     and these are added to grad_hidden (R, C) and grad_head (V, C). Overwrites the student's log-probabilities.
     """
     a, b = a[:, None], b[:, None]  # (R, 1)
-    p_student = _probabilities_in_place(log_p_student)
-    grad_z = p_student.mul_(a + b).addcmul_(p_teacher, a, value=-1)  # (R, V)
+    grad_z = _probabilities_in_place(log_p_student).mul_(a + b)  # (R, V)
+    if p_teacher is not None:
+        grad_z.addcmul_(p_teacher, a, value=-1)
     grad_z = grad_z.scatter_add_(1, y, -b).to(head.dtype)
     grad_hidden += grad_z @ head
     if grad_head.dtype == head.dtype:
@@ -935,14 +941,15 @@ class _LeanTerms(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, head, teacher_hidden, teacher_head, targets, loss, temperature, gt_weight):
         kind, (B, T), dtype = hidden.device.type, targets.shape, _product_dtype(head)
-        h, w, H, W = (x.flatten(0, -2).to(dtype) for x in (hidden, head, teacher_hidden, teacher_head))
+        models = hidden, head, teacher_hidden, teacher_head
+        h, w, H, W = (None if x is None else x.flatten(0, -2).to(dtype) for x in models)
         y = targets.reshape(-1, 1)  # (N, 1)
         rows = min(B * T, max(1, SCRATCH_BYTES // (4 * len(w))))
         if rows > T:
             rows -= rows % T  # whole sequences: a token scale takes all of its own
         pieces = [slice(begin, begin + rows) for begin in range(0, B * T, rows)]
         ce_student, ce_teacher, kd = torch.zeros(3, B * T, device=h.device)
-        scratch = torch.empty(2, rows, len(w), device=h.device)
+        scratch = torch.empty(1 if H is None else 2, rows, len(w), device=h.device)
         early = loss is not None and any(ctx.needs_input_grad)  # gradients while the logits are there
         gradients = [torch.zeros_like(x, dtype=torch.float32) for x in (h, w)] if early else None
         with torch.autocast(kind, enabled=False):
@@ -951,12 +958,14 @@ class _LeanTerms(torch.autograd.Function):
                     log_P = _log_probabilities(H[piece], W, scratch[1])
                     ce_teacher[piece] = -log_P.gather(1, y[piece])[:, 0]
             for piece in pieces:
-                log_P = _log_probabilities(H[piece], W, scratch[1])  # (R, V)
-                ce_teacher[piece] = -log_P.gather(1, y[piece])[:, 0]
-                P = _probabilities_in_place(log_P)
-                log_p = _log_probabilities(h[piece], w, scratch[0])
+                log_p = _log_probabilities(h[piece], w, scratch[0])  # (R, V)
                 ce_student[piece] = -log_p.gather(1, y[piece])[:, 0]
-                kd[piece] = -torch.einsum("ni,ni->n", P, log_p)
+                P = None
+                if H is not None:
+                    log_P = _log_probabilities(H[piece], W, scratch[1])
+                    ce_teacher[piece] = -log_P.gather(1, y[piece])[:, 0]
+                    P = _probabilities_in_place(log_P)
+                    kd[piece] = -torch.einsum("ni,ni->n", P, log_p)
                 if early:
                     weights = _weights_of_terms(loss, ce_teacher.view(B, T), temperature, gt_weight)
                     a, b = (x.flatten()[piece] for x in weights)
@@ -1062,10 +1071,10 @@ def hidden_and_head(model, ids):
 
 @torch.no_grad()
 def has_lean_terms(model, loss):
-    """Can training_loss take lean terms? L2L looks between the layers, the ground truth alone has no teacher;
-    and a model's logits must be hidden @ head.T and nothing more, which is tried out on two tokens."""
-    if loss in ("gt", "l2l") or isinstance(model, GPT):
-        return loss not in ("gt", "l2l")
+    """Can training_loss take lean terms? L2L looks between the layers; and a model's logits must be
+    hidden @ head.T and nothing more, which is tried out on two tokens."""
+    if loss == "l2l" or isinstance(model, GPT):
+        return loss != "l2l"
     was_training = model.training
     model.eval()
     ids = torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device)
@@ -1082,9 +1091,12 @@ def training_loss(student, teacher, ids, targets, config, lean=True):
     lean: take lean terms where the loss allows it, even for a vocabulary of 2,048, where they are already a
         fifth faster than full logits.
     """
-    if config.loss == "gt":
+    setting = config.loss, config.temperature, config.gt_weight
+    if config.loss == "gt" and not lean:
         return F.cross_entropy(_logits(student(ids)).float().flatten(0, 1), targets.flatten())
-    if config.loss == "l2l":
+    if config.loss == "gt":
+        terms = lean_per_token_terms(*hidden_and_head(student, ids), None, None, targets, *setting)
+    elif config.loss == "l2l":
         ours = isinstance(student, GPT)
         ask = {"trace": True} if ours else {"output_hidden_states": True, "output_attentions": True}
         with torch.no_grad():
@@ -1095,13 +1107,12 @@ def training_loss(student, teacher, ids, targets, config, lean=True):
     elif lean:
         with torch.no_grad():
             teachers = hidden_and_head(teacher, ids)
-        setting = config.loss, config.temperature, config.gt_weight
         terms = lean_per_token_terms(*hidden_and_head(student, ids), *teachers, targets, *setting)
     else:
         with torch.no_grad():
             teacher_logits = teacher(ids)
         terms = per_token_terms(student(ids), teacher_logits, targets)
-    return distillation_loss(config.loss, terms, config.temperature, config.gt_weight)
+    return distillation_loss(config.loss, terms, *setting[1:])
 
 
 class TrainingLoss(nn.Module):
