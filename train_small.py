@@ -586,8 +586,7 @@ def write_text(path, text):
 
 # Bits and method, as the paper has them: post-training methods with a scale per channel, trained ones per tensor.
 UNTRAINED = ((4, "round-to-nearest"), (4, "OPTQ"), (4, "AWQ"), (2, "ternarized"))
-TRAINED = ((4, "logit"), (4, "logit_gt"), (4, "tsld"))
-TRAINED += ((2, "l2l"), (2, "logit"), (2, "logit_gt"), (2, "tsld"), (2, "gt"))
+TRAINED = {2: ("logit", "tsld", "l2l", "logit_gt", "gt"), 4: ("logit", "tsld", "logit_gt")}
 # τ and ground-truth weight of further TSLD students. τ = ∞ is logit distillation, τ = 10 alone is in the table.
 ABLATION = ((1.0, 0.0), (2.0, 0.0), (5.0, 0.0), (20.0, 0.0), (10.0, 0.25), (10.0, 1.0))
 SEEDS = (0, 1, 2)
@@ -632,8 +631,9 @@ def wanted_rows(setup):
     """What the table is to hold: a setting, and the training configuration where there is one to do."""
     wanted = [({"bits": bits, "method": method}, None) for bits, method in ((32, "teacher"), *UNTRAINED)]
     default = setup.student.temperature, setup.student.gt_weight
-    students = [(seed, *row, *default) for seed in SEEDS for row in TRAINED]
-    students += [(seed, 2, "tsld", *setting) for seed in SEEDS for setting in ABLATION]
+    groups = [[(bits, loss, *default) for loss in losses] for bits, losses in TRAINED.items()]
+    groups.append([(2, "tsld", *setting) for setting in ABLATION])
+    students = [(seed, *student) for group in groups for seed in SEEDS for student in group]
     for seed, bits, loss, temperature, gt_weight in students:
         config = replace(setup.student, loss=loss, seed=seed, temperature=temperature, gt_weight=gt_weight)
         setting = {
@@ -826,7 +826,7 @@ def draw_error(plt, error):
     quarter = max(1, len(values) // 4)
     growth = statistics.mean(values[-quarter:]) / statistics.mean(values[:quarter])
     l2l, logit = (statistics.mean(error[f"{name}, logits"]) for name in ("l2l", "logit"))
-    seen = f"Untrained, attention's error in the last quarter is {growth:.1f} times that in the first; "
+    seen = f"Untrained, attention's error in the last quarter is {growth:.1f} times that in the first;\n"
     return figure, seen + f"L2L leaves {l2l / logit:.1f} times logit distillation's error in the logits"
 
 
