@@ -440,7 +440,7 @@ def frozen_teacher(setup, teacher, perplexity):
         return teacher
     half = copy.deepcopy(teacher).to(torch.bfloat16)
     there = setup.score(half, ["valid"])["valid"]["ppl"]
-    same = f"{there:.3g}" == f"{perplexity:.3g}"
+    same = math.isclose(there, perplexity, rel_tol=5e-4)
     figures = f"perplexity {there:.2f}, in float32 {perplexity:.2f}"
     print(
         f"teacher for distillation: {'bfloat16' if same else 'float32; in bfloat16'} ({figures})", flush=True
