@@ -33,8 +33,8 @@ Contents, in reading order:
     3. GPT           GPT-2, and text from it
     4. Losses        three numbers per token, and the five published ways to weigh them
     5. Training      the loop, evaluation, checkpoints
-    6. Looking inside     the measurements behind the paper's figures
-    7. Baselines          OPTQ and AWQ, which only round after training
+    6. Looking in    the measurements behind the paper's figures
+    7. Baselines     OPTQ and AWQ, which round after training and leave it at that
 
 Losses are in nats unless a name says bits. Tensors keep their device and dtype unless a docstring says
 otherwise."""
