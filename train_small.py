@@ -423,8 +423,8 @@ def train_teacher(setup):
 
 
 def compile_blocks(model):
-    """One block after the other: they are alike, so the first one's compilation serves all. A model that is not
-    our GPT is compiled as a whole."""
+    """One block after the other: they are alike, so the first one's compilation serves all. A model that is
+    not our GPT is compiled as a whole."""
     for block in getattr(model, "h", [model]):
         block.compile()
 
@@ -434,8 +434,8 @@ def quantized_copy(model, bits, granularity):
 
 
 def frozen_teacher(setup, teacher, perplexity):
-    """The teacher as the students see it: where products are taken in bfloat16, a copy that is stored in it, if
-    its perplexity on the validation text is the same to three digits; else the teacher itself."""
+    """The teacher as the students see it: where products are taken in bfloat16, a copy that is stored in it,
+    if its perplexity on the validation text is the same to three digits; else the teacher itself."""
     if setup.student.dtype == "float32":
         return teacher
     half = copy.deepcopy(teacher).to(torch.bfloat16)
@@ -584,23 +584,20 @@ def write_text(path, text):
 # ------------------------------------------------------------------------------------------------------------
 # The paper's table 1 in kind, and its ablation: many students of one teacher
 
-# Bits and method, as the paper has them: post-training methods with a scale per channel, trained ones per tensor.
+# As the paper has them: post-training methods at 4 bits with a scale per channel, all others per tensor.
 UNTRAINED = ((4, "round-to-nearest"), (4, "OPTQ"), (4, "AWQ"), (2, "ternarized"))
 TRAINED = {2: ("logit", "tsld", "l2l", "logit_gt", "gt"), 4: ("logit", "tsld", "logit_gt")}
-# τ and ground-truth weight of further TSLD students. τ = ∞ is logit distillation, τ = 10 alone is in the table.
+# τ and ground-truth weight of further TSLD students. τ = ∞ is logit distillation; τ = 10 is in the table.
 ABLATION = ((1.0, 0.0), (2.0, 0.0), (5.0, 0.0), (20.0, 0.0), (10.0, 0.25), (10.0, 1.0))
 SEEDS = (0, 1, 2)
 
 
 def table(args):
-    """Fills data/results/table.json; what is there already, of the same teacher and settings, is not done again."""
+    """Fills data/results/table.json; rows already there, of the same teacher and settings, are not done again."""
     setup, path = set_up(args), check_folder(DATA / "results") / "table.json"
     rows = json.loads(path.read_text()) if path.exists() else []
     teacher, half = train_teacher(setup), None
-    weights = hashlib.sha256()
-    for parameter in teacher.parameters():
-        weights.update(parameter.detach().cpu().numpy())
-    same = {"teacher": f"{teacher_path(setup).stem}, weights {weights.hexdigest()[:8]}"}
+    same = {"teacher": f"{teacher_path(setup).stem}, weights {tsld.fingerprint(teacher.parameters())}"}
     same |= {"teacher_steps": setup.teacher.steps, "student_tokens": len(setup.tokens["student"])}
     wanted = wanted_rows(setup)
     for number, (setting, config) in enumerate(wanted, 1):
@@ -710,8 +707,8 @@ MEASURES = {
 
 
 class Figures:
-    """Looks at the students of one run as they come, and draws what it saw: CSV files, and PNG where matplotlib
-    is installed, in data/figures."""
+    """Looks at the students of one run as they come, and draws what it saw: CSV files, and PNG where
+    matplotlib is installed, in data/figures."""
 
     def __init__(self, setup, teacher):
         self.setup, self.teacher = setup, teacher
@@ -895,7 +892,7 @@ def timed(function, calls, device):
 
 
 def seconds_per_call(functions, device, rounds=7, least=0.05):
-    """Median seconds of each of the functions, in turns of `least` seconds, so that all meet the same noise."""
+    """Median seconds of each function, in turns of `least` seconds, so that all meet the same noise."""
     for function in functions.values():
         function()  # compiles what is compiled
     calls = {name: math.ceil(least / timed(function, 1, device)) for name, function in functions.items()}
@@ -923,8 +920,8 @@ def bench_bandwidth(device):
 
 
 def bench_matvec(device, bandwidth):
-    """One row of activations times a weight matrix: what generating a token consists of. As there, the weights of
-    every product come from memory: each contestant goes through copies that no cache holds together."""
+    """One row of activations times a weight matrix: what generating a token consists of. As there, the weights
+    of every product come from memory: each contestant goes through copies that no cache holds together."""
     product = torch.compile(tsld.ternary_matmul, dynamic=False, options=tsld.COMPILE_OPTIONS)
     for shape in ((2304, 768), (3072, 768), (768, 3072), (4096, 4096)):
         codes = torch.randint(-1, 2, shape, dtype=torch.int8, device=device)
@@ -1033,8 +1030,8 @@ TRAINING_SHAPES = ((4, 128, 4, 2048, 32, 128), (6, 384, 6, 50257, 8, 256), (12, 
 
 
 def training_steps(shape, rows):
-    """One function per row that takes a training step. Rows: ("plain", dtype), a step of the full-precision model
-    written the nanoGPT way; ("plain, ours", dtype); or (one of LOSSES, dtype), a step of a ternary student."""
+    """One function per row that takes a training step. Rows: ("plain", dtype), a step of the full-precision
+    model written the nanoGPT way; ("plain, ours", dtype); or (one of LOSSES, dtype), of a ternary student."""
     n_layer, n_embd, n_head, vocab_size, B, T = shape
     device = choose_device(None)
     torch.manual_seed(0)
@@ -1121,10 +1118,8 @@ class Shape:
     inner: int  # width of the MLP
     vocabulary: int
     positions: int  # learned ones
-    matrices: int = 6  # per layer, in units of width x width and width x inner: 4 and 2, LLaMA's 4 and 3
-    biases: int = (
-        5  # per layer, of `width` each: query, key, value and the two outputs; the MLP's inner one apart
-    )
+    matrices: int = 6  # per layer: 4 of width x width, and 2 of width x inner (3 in a gated MLP)
+    biases: int = 5  # of `width` per layer: query, key, value, two outputs; 0: no bias anywhere
     tied: bool = True  # the head is the token embedding
 
     def parameters(self):
@@ -1156,15 +1151,15 @@ def memory_on_paper(shape, batch=4, length=512, dtype="bfloat16"):
     """Bytes: the model in FP32, in FP16 and packed, and what training its student under TSLD takes.
 
     Training holds the student with AdamW's two averages, the teacher, and the codes of the quantized weights.
-    On top of these come at first the layers' activations with the lean terms' scratch space and gradient of the
-    head, and at the end the gradients of all weights; the larger of the two makes the peak.
+    On top of these come at first the layers' activations with the lean terms' scratch space and gradient of
+    the head, and at the end the gradients of all weights; the larger of the two makes the peak.
     """
     linear, embeddings, rest = shape.parameters()
     N, product = linear + embeddings + rest, {"bfloat16": 2, "float32": 4}[dtype]
     state = 4 * N + 8 * N + product * N + linear
-    # Per token and layer: the residual twice; what products read and give: both norms, query, key, value, what
-    # attention gives, laid out in two ways; and the MLP's inner state before and after its nonlinearity, in a gated
-    # MLP also what is multiplied.
+    # Per token and layer: the residual twice, in float32; both norms, query, key, value, and what attention
+    # gives, laid out in two ways; the MLP's inner state before and after its nonlinearity, and in a gated MLP
+    # the two factors as well.
     inner = (2 if shape.matrices == 6 else 4) * shape.inner
     activations = batch * length * shape.layers * (2 * 4 * shape.width + product * (7 * shape.width + inner))
     logits = min(tsld.SCRATCH_BYTES, 4 * batch * length * shape.vocabulary)

@@ -77,7 +77,7 @@ def _group(granularity):
 def ternarize(weight, granularity="tensor"):
     """Ternary weight network (TWN) quantizer: w ≈ α · codes, the 2-bit (W2) rows of the paper's table 1.
 
-        Δ = 0.7 · mean|w|     codes = +1 where w > Δ, -1 where w < -Δ, else 0     α = mean of |w| where |w| > Δ
+        Δ = 0.7 · mean|w|   codes = +1 where w > Δ, -1 where w < -Δ, else 0   α = mean of |w| where |w| > Δ
 
     weight: (out, in), any float dtype. Returns codes, int8 (out, in) in {-1, 0, +1}, and scale, float32,
     (1, 1) for "tensor" or (out, 1) for "channel". A group of zeros gets scale 0.
@@ -320,7 +320,7 @@ def ternary_matmul(x, packed, scale):
 
         def product(packed):  # (R, K) -> (R,)
             p = packed.int()
-            # p & (3 << 2j) is (code + 1) · 4^j. Dividing x by 4^j, once for all rows, is cheaper than shifting.
+            # p & (3 << 2j) is (code + 1) · 4^j: dividing x by 4^j, once for all rows, is less than shifting.
             return sum((p & 3 << 2 * j) * (quarters[j] / 4**j) for j in range(4)).sum(1)
 
         y = (in_streams(product, packed, 4) - rows.sum())[None]  # Σ (code + 1) · x - Σ x
@@ -592,12 +592,12 @@ class GPT(nn.Module):
     def from_pretrained(cls, source, block_size=None, dropout=0.0, progress=None):
         """GPT-2's published weights, in float32 and eval mode.
 
-        source: one of PUBLISHED, downloaded once into WEIGHTS; a pytorch_model.bin in the published format; or
-            a folder with one. The number of heads is that of a config.json beside it, else n_embd / 64, which
+        source: one of PUBLISHED, downloaded once into WEIGHTS; a pytorch_model.bin in the published format;
+            or a folder with one. The number of heads is that of a config.json beside it, else n_embd / 64, which
             holds for all of PUBLISHED.
         block_size: keep only the first so many positions. progress: see download.
-        ConnectionError: cannot be downloaded. CheckpointError: truncated, of another model, or holds more than
-        tensors; it then runs nothing. ValueError: block_size is beyond what the file has.
+        ConnectionError: cannot be downloaded. CheckpointError: truncated, of another model, or holds more
+        than tensors; it then runs nothing. ValueError: block_size is beyond what the file has.
         """
         path = Path(source)
         if source in PUBLISHED:
@@ -891,8 +891,8 @@ def lean_per_token_terms(
 
 
 def _log_probabilities(hidden, head, scratch):
-    """(R, C), (V, C) -> float32 (R, V), in the first R rows of scratch. Memory that is used again and again is
-    faster than new memory."""
+    """(R, C), (V, C) -> float32 (R, V), in the first R rows of scratch. Memory that is used again and again
+    is faster than new memory."""
     z = scratch[: len(hidden)]
     if hidden.dtype == z.dtype:
         torch.mm(hidden, head.t(), out=z)
@@ -920,7 +920,7 @@ def _add_gradients(grad_hidden, grad_head, hidden, head, log_p_student, p_teache
         ∂L/∂z_ni = a_n (P^S_ni - P^T_ni) + b_n (P^S_ni - y_ni)
         ∂L/∂hidden = ∂L/∂z @ head        ∂L/∂head = (∂L/∂z).T @ hidden
 
-    and these are added to grad_hidden (R, C) and grad_head (V, C). Overwrites the student's log-probabilities.
+    and these are added to grad_hidden (R, C) and grad_head (V, C). Overwrites log_p_student.
     """
     a, b = a[:, None], b[:, None]  # (R, 1)
     grad_z = _probabilities_in_place(log_p_student).mul_(a + b)  # (R, V)
@@ -979,7 +979,7 @@ class _LeanTerms(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_ce_student, _, grad_kd):
         if ctx.gradients is not None:
-            # They are the loss's own. What came back through it is g · a and g · b, and Σ a = 1 (Σ b in "gt").
+            # They are the loss's own. Back through it came g · a and g · b, and Σ a = 1 (Σ b in "gt").
             g = (grad_ce_student if ctx.loss == "gt" else grad_kd).sum()
             grad_hidden, grad_head = (x.mul_(g) for x in ctx.gradients)
         else:
@@ -1327,22 +1327,23 @@ def architecture(model):
     return asdict(model.config) if isinstance(model, GPT) else repr(model)
 
 
+def fingerprint(tensors):
+    """16 hexadecimal digits of the SHA-256 of the tensors' bytes, in turn."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
 def _identity(model, tokens, config, teacher):
     """What a checkpoint must agree on with the run that resumes it: all that its weights depend on."""
-
-    def digest(tensors):
-        digest = hashlib.sha256()
-        for tensor in tensors:
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
-        return digest.hexdigest()[:16]
-
     quantizers = {(m.bits, m.granularity) for m in model.modules() if isinstance(m, QuantLinear)}
     return {
         **asdict(config),
         "model": architecture(model),
         "quantizers": sorted(quantizers),
-        "text": digest([tokens]),
-        "teacher": None if teacher is None else digest(teacher.parameters()),
+        "text": fingerprint([tokens]),
+        "teacher": None if teacher is None else fingerprint(teacher.parameters()),
     }
 
 
@@ -1388,7 +1389,7 @@ def error_by_position(student, teacher, ids):
     """How far the student is from the teacher at each position of the sequence: Σ (student - teacher)² /
     Σ teacher², summed over the sequences and the channels.
 
-    ids: int64 (B, T). Returns {"attention output": (T,), "logits": (T,)}, the former the mean over the layers.
+    ids: int64 (B, T). Returns {"attention output": (T,), "logits": (T,)}, the former a mean over layers.
     Slide "Approach: Logit KD for Cumulative Quantization Error".
     """
     outputs = []
@@ -1408,8 +1409,8 @@ def error_by_position(student, teacher, ids):
 
 @torch.no_grad()
 def distance_by_token(student, teacher, ids):
-    """KL(P^T ‖ P^S) = Σ_i P^T_i (log P^T_i - log P^S_i) of each token, in nats. ids: (B, T). Returns (B, T)."""
-    theirs = teacher(ids)
+    """KL(P^T ‖ P^S) = Σ_i P^T_i (log P^T_i - log P^S_i) of each token, in nats. ids: (B, T) -> (B, T)."""
+    theirs = teacher(ids)  # kd does not depend on the targets: ids stand in for them
     return per_token_terms(student(ids), theirs, ids).kd - per_token_terms(theirs, theirs, ids).kd
 
 
@@ -1534,16 +1535,16 @@ def awq(model, calibration_ids, bits=4):
         layer.weight.copy_(fake_quantize(layer.weight * s, 4, "channel"))
         return s
 
+    def divide(s, *tensors):  # in place, each (..., len(s))
+        for tensor in tensors:
+            tensor.div_(s)
+
     for block in model.h:
         attn, mlp = block.attn, block.mlp
-        for norm, layer in ((block.ln_1, attn.c_attn), (block.ln_2, mlp.c_fc)):
-            s = quantized(layer)
-            norm.weight.div_(s)
-            norm.bias.div_(s)
-            if layer is attn.c_attn:
-                s = quantized(attn.c_proj)
-                values = slice(-len(s), None)  # of the rows for query, key and value
-                attn.c_attn.weight[values].div_(s[:, None])
-                attn.c_attn.bias[values].div_(s)
+        divide(quantized(attn.c_attn), block.ln_1.weight, block.ln_1.bias)
+        s = quantized(attn.c_proj)
+        C = len(s)  # the values are the last C of c_attn's 3C rows
+        divide(s, attn.c_attn.weight[-C:].t(), attn.c_attn.bias[-C:])
+        divide(quantized(mlp.c_fc), block.ln_2.weight, block.ln_2.bias)
         mlp.c_proj = ScaledLinear(mlp.c_proj, quantized(mlp.c_proj))
     return model
