@@ -2194,6 +2194,27 @@ def test_figures_are_drawn_and_their_numbers_kept(drawn, tiny, capsys, tmp_path,
     scale, ce = np.array(tokens["token scale times N"]), np.array(tokens["cross-entropy"])
     whole = np.exp(ce / 10).reshape(-1, 16)
     np.testing.assert_allclose(scale.reshape(-1, 16), 16 * whole / whole.sum(1, keepdims=True), rtol=1e-3)
+    models = {}
+    for name, path in (
+        ("teacher", next((tmp_path / "out").glob("teacher-*.pt"))),
+        *((loss, tmp_path / "out" / f"student-{loss}.pt") for loss in ("logit", "tsld")),
+    ):
+        model = GPT(train_small.PRESETS["tiny"].gpt)
+        models[name] = model if name == "teacher" else tsld.quantize_model(model)
+        model.load_state_dict(tsld.read_file(path)["model"])
+    text = train_small.split_text((WORDS * 40).encode())["valid"]
+    valid = torch.tensor(train_small.load_tokenizer("bpe2048").encode_ordinary(text))
+    B = (len(valid) - 1) // 16
+    ids, true = valid[: 16 * B].view(B, 16), valid[1 : 16 * B + 1].view(B, 16)
+    losses = {
+        name: F.cross_entropy(model(ids).transpose(1, 2), true, reduction="none").flatten().detach().numpy()
+        for name, model in models.items()
+    }
+    change = losses["tsld"] - losses["logit"]
+    np.testing.assert_allclose(tokens["TSLD minus logit"], change, rtol=1e-3, atol=2e-6)
+    ours, theirs = (models[name](ids).detach().double().numpy() for name in ("logit", "teacher"))
+    expected = ((ours - theirs) ** 2).sum((0, 2)) / (theirs**2).sum((0, 2))
+    np.testing.assert_allclose(error["logit, logits"], expected, rtol=1e-4)
     if drawn:
         before = (folder / "3-training-curves.csv").read_text()
         run(
@@ -2236,6 +2257,10 @@ def test_the_table_has_every_row_of_the_papers_and_goes_on_where_it_stopped(
     single = json.loads((tmp_path / "out" / "results.json").read_text())[0]
     row = next(r for r in rows if (r["bits"], r["method"], r.get("seed")) == (2, "logit", 0))
     assert (single["student_ppl"], single["test_student_bpb"]) == (row["valid_ppl"], row["test_bpb"])
+    for bits, method, granularity in ((2, "ternarized", "tensor"), (4, "round-to-nearest", "channel")):
+        run(["--bits", str(bits), "--granularity", granularity, *tiny], capsys)
+        single = json.loads((tmp_path / "out" / "results.json").read_text())[0]
+        assert single["ptq_ppl"] == next(r["valid_ppl"] for r in rows if r["method"] == method)
 
 
 def source(argv, device):
