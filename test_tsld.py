@@ -1844,6 +1844,23 @@ def test_four_bits_are_trained_too_and_nothing_is_packed(tiny, capsys, tmp_path)
     assert row["bits"] == 4 and row["bytes_packed"] is row["linear_bytes_packed"] is None
 
 
+def test_a_four_bit_student_has_a_learning_rate_of_its_own_and_lr_replaces_both(tiny, capsys, monkeypatch):
+    rates, train = [], tsld.train
+
+    def spy(model, tokens, config, teacher=None, *rest):
+        if teacher is not None:
+            rates.append(config.lr)
+        return train(model, tokens, config, teacher, *rest)
+
+    monkeypatch.setattr(tsld, "train", spy)
+    for bits in ("2", "4"):
+        run(["--bits", bits, *tiny], capsys)
+        run(["--bits", bits, "--lr", "0.5", *tiny], capsys)
+    preset = train_small.PRESETS["tiny"]
+    assert rates == [preset.student.lr, 0.5, preset.lr_4bit, 0.5] and preset.lr_4bit < preset.student.lr
+    assert train_small.PRESETS["gpt2"].lr(4) == 1e-4  # the paper's, whatever the bits
+
+
 def test_the_teacher_is_kept_in_bfloat16_where_its_perplexity_is_the_same_to_three_digits(
     tiny, capsys, monkeypatch
 ):
@@ -2239,15 +2256,22 @@ def test_the_table_has_every_row_of_the_papers_and_goes_on_where_it_stopped(
         (2, "tsld"): 2 * (1 + 6),
     }
     assert all(row[key] for row in rows for key in ("command", "commit", "machine", "date"))
+    preset = train_small.PRESETS["tiny"]
+    assert {(row["bits"], row["lr"]) for row in rows if "lr" in row} == {
+        (2, preset.student.lr),
+        (4, preset.lr_4bit),
+    }
     assert not list((tmp_path / "out").glob("student-*"))
     values = [row["valid_ppl"] for row in rows if (row["bits"], row["method"]) == (2, "gt")]
     cell = f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"
     assert f"| 2 | gt |  |  | 2 | {cell} |" in out
 
-    path.write_text(json.dumps(rows[3:-2]))
+    other = [row | {"lr": 1.0, "valid_ppl": 1e9} for row in rows if "lr" in row]  # of another rate: not shown
+    path.write_text(json.dumps(other + rows[3:-2]))
     out = run(["--table", *tiny], capsys)
     assert out.count("student, tsld-2-10.0-1.0-1: 6 steps") == 1 and "student, logit-2-" not in out
-    again = json.loads(path.read_text())
+    assert f"| 2 | gt |  |  | 2 | {cell} |" in out
+    again = json.loads(path.read_text())[len(other) :]
     key = lambda row: json.dumps(
         {k: v for k, v in row.items() if k not in ("date", "command")}, sort_keys=True
     )

@@ -227,6 +227,10 @@ class Preset:
     teacher_epochs: float = math.inf
     student_epochs: float = math.inf
     student_tokens: int | None = None  # the student is distilled on the first so many; None: on all
+    lr_4bit: float | None = None  # of a 4-bit student, which has less to win back; None: as a ternary one's
+
+    def lr(self, bits):
+        return self.lr_4bit if bits == 4 and self.lr_4bit else self.student.lr
 
 
 # The schedule of the paper's GPT-2 runs.
@@ -246,6 +250,7 @@ PRESETS = {
         tokenizer="bpe2048",
         teacher=TrainConfig(loss="gt", steps=1000, batch_size=32, lr=4e-3),
         student=TrainConfig(steps=400, batch_size=32, lr=1e-3),
+        lr_4bit=1e-4,
         teacher_epochs=11,
         student_tokens=100_000,
     ),
@@ -382,8 +387,9 @@ def set_up(args):
             length = f"{len(tokens[part])} tokens, and it takes {least} or more"
             raise UserError(f"the {part} text is too short: {length}")
 
-    given = {"batch_size": args.batch_size, "lr": args.lr, "accumulate": args.accumulate}
+    given = {"batch_size": args.batch_size, "accumulate": args.accumulate}
     student = replace(preset.student, **{name: value for name, value in given.items() if value is not None})
+    student.lr = args.lr or preset.lr(args.bits)
     student = replace(student, temperature=args.tsld_temperature, gt_weight=args.gt_weight)
     full = limit(student.steps, preset.student_epochs, student, block_size, tokens["student"])
     steps = args.steps or full
@@ -599,9 +605,8 @@ def table(args):
     teacher, half = train_teacher(setup), None
     same = {"teacher": f"{teacher_path(setup).stem}, weights {tsld.fingerprint(teacher.parameters())}"}
     same |= {"teacher_steps": setup.teacher.steps, "student_tokens": len(setup.tokens["student"])}
-    wanted = wanted_rows(setup)
+    wanted = [(setting | same, config) for setting, config in wanted_rows(setup)]
     for number, (setting, config) in enumerate(wanted, 1):
-        setting |= same
         if any(setting.items() <= row.items() for row in rows):
             continue
         parts = (
@@ -621,7 +626,7 @@ def table(args):
         write_text(path, json.dumps(rows, indent=1) + "\n")
         for file in Path(args.out).glob(f"student-{name}.*pt"):
             file.unlink()  # its row is all that is needed
-    print_results([row for row in rows if same.items() <= row.items()])
+    print_results([row for row in rows if any(setting.items() <= row.items() for setting, _ in wanted)])
 
 
 def wanted_rows(setup):
@@ -633,12 +638,9 @@ def wanted_rows(setup):
     students = [(seed, *student) for group in groups for seed in SEEDS for student in group]
     for seed, bits, loss, temperature, gt_weight in students:
         config = replace(setup.student, loss=loss, seed=seed, temperature=temperature, gt_weight=gt_weight)
-        setting = {
-            "bits": bits,
-            "method": loss,
-            **asdict(config),
-            "betas": list(config.betas),
-        }  # as JSON has it
+        config.lr = setup.args.lr or setup.source.preset.lr(bits)
+        # Every field of the configuration, the pair of betas as JSON gives it back.
+        setting = {"bits": bits, "method": loss, **asdict(config), "betas": list(config.betas)}
         wanted.append((setting, config))
     return wanted
 
