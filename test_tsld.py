@@ -2266,7 +2266,9 @@ def test_the_table_has_every_row_of_the_papers_and_goes_on_where_it_stopped(
     cell = f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"
     assert f"| 2 | gt |  |  | 2 | {cell} |" in out
 
-    other = [row | {"lr": 1.0, "valid_ppl": 1e9} for row in rows if "lr" in row]  # of another rate: not shown
+    # Rows of another rate or another teacher neither count as done nor show.
+    other = [row | {"lr": 1.0, "valid_ppl": 1e9} for row in rows if "lr" in row]
+    other += [row | {"teacher": "another", "valid_ppl": 1e9} for row in rows]
     path.write_text(json.dumps(other + rows[3:-2]))
     out = run(["--table", *tiny], capsys)
     assert out.count("student, tsld-2-10.0-1.0-1: 6 steps") == 1 and "student, logit-2-" not in out
@@ -2276,6 +2278,11 @@ def test_the_table_has_every_row_of_the_papers_and_goes_on_where_it_stopped(
         {k: v for k, v in row.items() if k not in ("date", "command")}, sort_keys=True
     )
     assert sorted(map(key, again)) == sorted(map(key, rows))
+
+    path.write_text("[]")
+    monkeypatch.setattr(train_small, "SEEDS", (0,))
+    run(["--table", "--lr", "0.5", *tiny], capsys)
+    assert {row["lr"] for row in json.loads(path.read_text()) if "lr" in row} == {0.5}
 
     run(["--loss", "logit", *tiny], capsys)
     single = json.loads((tmp_path / "out" / "results.json").read_text())[0]
