@@ -2280,10 +2280,8 @@ def test_the_table_has_every_row_of_the_papers_and_goes_on_where_it_stopped(
     )
     assert sorted(map(key, again)) == sorted(map(key, rows))
 
-    path.write_text("[]")
-    monkeypatch.setattr(train_small, "SEEDS", (0,))
-    run(["--table", "--lr", "0.5", *tiny], capsys)
-    assert {row["lr"] for row in json.loads(path.read_text()) if "lr" in row} == {0.5}
+    setup = train_small.set_up(train_small.parse(["--table", "--lr", "0.5", *tiny]))
+    assert {config.lr for _, config in train_small.wanted_rows(setup) if config} == {0.5}
 
     run(["--loss", "logit", *tiny], capsys)
     single = json.loads((tmp_path / "out" / "results.json").read_text())[0]
