@@ -937,7 +937,7 @@ LEAN_SHAPES = [(3, 5, 4, 7), (1, 1, 2, 2), (2, 8, 3, 11)]  # B, T, C, V
 
 
 def lean_example(B, T, C, V, tied, seed=0):
-    """hidden and head of a student, of a teacher, and targets; `tied`: the student's hidden depends on its head."""
+    """hidden and head of a student, of a teacher; targets. `tied`: the student's hidden depends on its head."""
     head = randn(V, C, seed=seed).requires_grad_()
     inner = randn(B, T, C, seed=seed + 1).requires_grad_()
     targets = torch.from_numpy(np.random.default_rng(seed).integers(V, size=(B, T)))
@@ -1957,7 +1957,8 @@ from dataclasses import replace
 torch.set_num_threads(1)
 preset = train_small.PRESETS["tiny"]
 gpt = tsld.GPTConfig(block_size=16, vocab_size=2048, n_layer=1, n_head=2, n_embd=8)
-teacher, student = replace(preset.teacher, steps=4, batch_size=4), replace(preset.student, steps=6, batch_size=4)
+teacher = replace(preset.teacher, steps=4, batch_size=4)
+student = replace(preset.student, steps=6, batch_size=4)
 train_small.PRESETS["tiny"] = replace(preset, gpt=gpt, teacher=teacher, student=student, student_tokens=300)
 tsld.CHECKPOINT_SECONDS = 0
 write = tsld.write_file
@@ -1988,7 +1989,8 @@ from dataclasses import replace
 torch.set_num_threads(1)
 preset = train_small.PRESETS["tiny"]
 gpt = tsld.GPTConfig(block_size=16, vocab_size=2048, n_layer=1, n_head=2, n_embd=8)
-teacher, student = replace(preset.teacher, steps=4, batch_size=4), replace(preset.student, steps=6, batch_size=4)
+teacher = replace(preset.teacher, steps=4, batch_size=4)
+student = replace(preset.student, steps=6, batch_size=4)
 train_small.PRESETS["tiny"] = replace(preset, gpt=gpt, teacher=teacher, student=student, student_tokens=300)
 sys.exit(train_small.main(sys.argv[1:]))
 """

@@ -230,6 +230,7 @@ class Preset:
     lr_4bit: float | None = None  # of a 4-bit student, which has less to win back; None: as a ternary one's
 
     def lr(self, bits):
+        """The student's peak learning rate."""
         return self.lr_4bit if bits == 4 and self.lr_4bit else self.student.lr
 
 
@@ -387,9 +388,9 @@ def set_up(args):
             length = f"{len(tokens[part])} tokens, and it takes {least} or more"
             raise UserError(f"the {part} text is too short: {length}")
 
-    given = {"batch_size": args.batch_size, "accumulate": args.accumulate}
+    lr = args.lr or preset.lr(args.bits)
+    given = {"batch_size": args.batch_size, "lr": lr, "accumulate": args.accumulate}
     student = replace(preset.student, **{name: value for name, value in given.items() if value is not None})
-    student.lr = args.lr or preset.lr(args.bits)
     student = replace(student, temperature=args.tsld_temperature, gt_weight=args.gt_weight)
     full = limit(student.steps, preset.student_epochs, student, block_size, tokens["student"])
     steps = args.steps or full
@@ -599,7 +600,7 @@ SEEDS = (0, 1, 2)
 
 
 def table(args):
-    """Fills data/results/table.json; rows already there, of the same teacher and settings, are not done again."""
+    """Fills data/results/table.json; rows there already, of the same teacher and setting, are not done again."""
     setup, path = set_up(args), check_folder(DATA / "results") / "table.json"
     rows = json.loads(path.read_text()) if path.exists() else []
     teacher, half = train_teacher(setup), None
@@ -922,8 +923,8 @@ def bench_bandwidth(device):
 
 
 def bench_matvec(device, bandwidth):
-    """One row of activations times a weight matrix: what generating a token consists of. As there, the weights
-    of every product come from memory: each contestant goes through copies that no cache holds together."""
+    """One row of activations times a weight matrix: what generating a token consists of. As there, the
+    weights of every product come from memory: each contestant goes through copies that no cache holds."""
     product = torch.compile(tsld.ternary_matmul, dynamic=False, options=tsld.COMPILE_OPTIONS)
     for shape in ((2304, 768), (3072, 768), (768, 3072), (4096, 4096)):
         codes = torch.randint(-1, 2, shape, dtype=torch.int8, device=device)
@@ -1372,57 +1373,35 @@ def number(kind, least=0, or_equal=False):
 def parse(argv):
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
+    above_zero, from_zero = number(float), number(float, or_equal=True)
     add(
         "--loss", choices=(*LOSSES, "all"), default="tsld", help="what the student learns from (default tsld)"
     )
     add("--bits", type=int, choices=(2, 4), default=2, help="bits per weight: 2 is ternary (default 2)")
-    add(
-        "--granularity",
-        choices=("tensor", "channel"),
-        default="tensor",
-        help="what shares a scale (default tensor)",
-    )
-    add(
-        "--tsld-temperature",
-        type=number(float),
-        default=10.0,
-        help="τ of the token scale (default 10; inf: logit)",
-    )
-    add(
-        "--gt-weight",
-        type=number(float, or_equal=True),
-        default=0.0,
-        help="weight of the ground-truth loss added to tsld (default 0)",
-    )
+    kinds = ("tensor", "channel")
+    add("--granularity", choices=kinds, default="tensor", help="what shares a scale (default tensor)")
+    about = "τ of the token scale (default 10; inf: logit)"
+    add("--tsld-temperature", type=above_zero, default=10.0, help=about)
+    about = "weight of the ground-truth loss added to tsld (default 0)"
+    add("--gt-weight", type=from_zero, default=0.0, help=about)
     own = ", ".join(PRESETS)
     add("--model", help=f"{own}, or one of transformers by path or name (default: gpt2 on a GPU, else tiny)")
     kinds = ("scratch", "pretrained")
     add("--init", choices=kinds, help="where the teacher starts (default: pretrained, but scratch for tiny)")
     add("--data", help="ptb, pydoc, a text file, or a folder with train.txt, valid.txt and test.txt")
-    add(
-        "--student-tokens", type=number(int), help="how much of the training text the student is distilled on"
-    )
-    add(
-        "--steps",
-        type=number(int),
-        help="of the student's training; fewer than its preset's shorten the teacher's too",
-    )
+    about = "how much of the training text the student is distilled on"
+    add("--student-tokens", type=number(int), help=about)
+    about = "of the student's training; fewer than its preset's shorten the teacher's too"
+    add("--steps", type=number(int), help=about)
     add("--teacher-steps", type=number(int), help="of the teacher's training")
     add("--batch-size", type=number(int), help="of the student's training, in sequences")
     add("--accumulate", type=number(int), help="parts that a batch is taken in, to save memory (default 1)")
-    add("--lr", type=number(float), help="peak learning rate of the student's training")
-    add(
-        "--seed",
-        type=number(int, or_equal=True),
-        default=0,
-        help="of initial weights, data order and sampling (default 0)",
-    )
+    add("--lr", type=above_zero, help="peak learning rate of the student's training")
+    about = "of initial weights, data order and sampling (default 0)"
+    add("--seed", type=number(int, or_equal=True), default=0, help=about)
     add("--device", help="cpu, cuda, ... (default: cuda where there is one)")
-    add(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        help="of matrix products (default: bfloat16 where it is fast)",
-    )
+    kinds = ("float32", "bfloat16")
+    add("--dtype", choices=kinds, help="of matrix products (default: bfloat16 where it is fast)")
     add("--compile", action="store_true", help="torch.compile: a slow start, then faster steps")
     add("--out", default="out", help="folder for checkpoints and results (default out)")
     add("--resume", action="store_true", help="go on with a student's training that was interrupted")

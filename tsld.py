@@ -593,8 +593,8 @@ class GPT(nn.Module):
         """GPT-2's published weights, in float32 and eval mode.
 
         source: one of PUBLISHED, downloaded once into WEIGHTS; a pytorch_model.bin in the published format;
-            or a folder with one. The number of heads is that of a config.json beside it, else n_embd / 64, which
-            holds for all of PUBLISHED.
+            or a folder with one. The number of heads is that of a config.json beside it, else n_embd / 64,
+            which holds for all of PUBLISHED.
         block_size: keep only the first so many positions. progress: see download.
         ConnectionError: cannot be downloaded. CheckpointError: truncated, of another model, or holds more
         than tensors; it then runs nothing. ValueError: block_size is beyond what the file has.
