@@ -2187,6 +2187,7 @@ def read_csv(path):
 @pytest.mark.parametrize("drawn", [True, False])
 def test_figures_are_drawn_and_their_numbers_kept(drawn, tiny, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(train_small, "DATA", tmp_path)
+    monkeypatch.setattr(train_small.Figures, "SHOWN", 2)
     exact = importlib.util.find_spec
     if not drawn:
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: name != "matplotlib" and exact(name))
@@ -2196,7 +2197,8 @@ def test_figures_are_drawn_and_their_numbers_kept(drawn, tiny, capsys, tmp_path,
     out = run(argv, capsys)
     folder = tmp_path / "figures"
     names = ["1-error-by-position", "2-distance-to-teacher", "3-training-curves", "4-confidence"]
-    assert sorted(path.stem for path in folder.glob("*.csv")) == names
+    numbers = [*names[:3], "4-change-by-confidence", names[3]]
+    assert sorted(path.stem for path in folder.glob("*.csv")) == numbers
     assert sorted(path.stem for path in folder.glob("*.png")) == (names if drawn else [])
     assert drawn or "the package matplotlib would draw them" in out
     rows = {row["loss"]: row for row in json.loads((tmp_path / "out" / "results.json").read_text())}
@@ -2231,16 +2233,27 @@ def test_figures_are_drawn_and_their_numbers_kept(drawn, tiny, capsys, tmp_path,
         for name, model in models.items()
     }
     change = losses["tsld"] - losses["logit"]
-    np.testing.assert_allclose(tokens["TSLD minus logit"], change, rtol=1e-3, atol=2e-6)
-    ours, theirs = (models[name](ids).detach().double().numpy() for name in ("logit", "teacher"))
+    assert B > 2  # blocks: as many are shown, and the changes are those of all
+    np.testing.assert_allclose(tokens["TSLD minus logit"], change[: 2 * 16], rtol=1e-3, atol=2e-6)
+    ours, theirs = (models[name](ids[:2]).detach().double().numpy() for name in ("logit", "teacher"))
     expected = ((ours - theirs) ** 2).sum((0, 2)) / (theirs**2).sum((0, 2))
     np.testing.assert_allclose(error["logit, logits"], expected, rtol=1e-4)
-    if drawn:
-        before = (folder / "3-training-curves.csv").read_text()
-        run(
-            [*argv, "--resume"], capsys
-        )  # a finished run, resumed: the curves are still those of its training
-        assert (folder / "3-training-curves.csv").read_text() == before
+    changes = read_csv(folder / "4-change-by-confidence.csv")
+    assert changes["tokens"] == (16 * B, 0) and np.isnan(
+        changes["mean change"][1]
+    )  # it learned too little to be sure
+    # A finished run, resumed: the curves are still those of its training.
+    sure = softmax64(models["teacher"](ids).detach()).max(-1).flatten()
+    monkeypatch.setattr(train_small, "SURE", float(np.median(sure)))
+    before = (folder / "3-training-curves.csv").read_text()
+    run([*argv, "--resume"], capsys)
+    assert (folder / "3-training-curves.csv").read_text() == before
+    changes = read_csv(folder / "4-change-by-confidence.csv")
+    for i, region in enumerate((change[sure <= train_small.SURE], change[sure > train_small.SURE])):
+        assert changes["tokens"][i] == len(region) > 1
+        assert changes["mean change"][i] == pytest.approx(region.mean(), rel=1e-3, abs=2e-6)
+        spread = region.std(ddof=1) / math.sqrt(len(region))
+        assert changes["standard error"][i] == pytest.approx(spread, rel=0.01)
 
 
 def test_the_table_has_every_row_of_the_papers_and_goes_on_where_it_stopped(

@@ -713,24 +713,30 @@ class Figures:
     """Looks at the students of one run as they come, and draws what it saw: CSV files, and PNG where
     matplotlib is installed, in data/figures."""
 
+    SHOWN = 64  # blocks; the means of figure 4, a small difference, are taken over the whole text
+
     def __init__(self, setup, teacher):
         self.setup, self.teacher = setup, teacher
         self.folder = check_folder(DATA / "figures")
-        B, T = 64, setup.student.block_size
-        text = setup.tokens["valid"][: B * T + 1]
+        text, T = setup.tokens["valid"], setup.student.block_size
         B = (len(text) - 1) // T
         if B < 1:
             raise UserError(f"--figures looks at whole blocks of {T} tokens, and the valid text has none")
         self.ids, self.targets = (t.view(B, T).to(setup.device) for t in (text[: B * T], text[1 : B * T + 1]))
         self.errors, self.distances, self.histories, self.ce = {}, {}, {}, {}
-        self.sure, self.ce["teacher"] = tsld.confidence(teacher, self.ids, self.targets)
+        self.sure, self.ce["teacher"] = self.confidence(teacher)
+
+    def confidence(self, model):
+        blocks = zip(self.ids.split(self.SHOWN), self.targets.split(self.SHOWN))
+        return [torch.cat(parts) for parts in zip(*(tsld.confidence(model, *block) for block in blocks))]
 
     def look_at(self, name, student):
         if name in ("without training", "l2l", "logit"):
-            self.errors[name] = tsld.error_by_position(student, self.teacher, self.ids)
-            self.distances[name] = tsld.distance_by_token(student, self.teacher, self.ids)
+            shown = self.ids[: self.SHOWN]
+            self.errors[name] = tsld.error_by_position(student, self.teacher, shown)
+            self.distances[name] = tsld.distance_by_token(student, self.teacher, shown)
         if name in ("logit", "tsld"):
-            self.ce[name] = tsld.confidence(student, self.ids, self.targets)[1]
+            self.ce[name] = self.confidence(student)[1]
 
     def watch(self, loss, student):
         """For figure 3: 20 times in its training, the student's cross-entropy on its own text and another."""
@@ -769,12 +775,16 @@ class Figures:
         change = self.ce["tsld"] - self.ce["logit"]
         columns = {"top probability": self.sure, "cross-entropy": self.ce["teacher"]}
         columns |= {"token scale times N": scale, "TSLD minus logit": change}
-        tokens = {name: x.flatten().tolist() for name, x in columns.items()}
+        tokens = {name: x[: self.SHOWN].flatten().tolist() for name, x in columns.items()}
         self.write_csv("4-confidence", tokens)
+        regions = [change[self.sure <= SURE], change[self.sure > SURE]]
+        changes = {"top probability from": (0, SURE), "tokens": [len(region) for region in regions]}
+        changes["mean change"], changes["standard error"] = zip(*map(mean_and_error, regions))
+        self.write_csv("4-change-by-confidence", changes)
         if not importlib.util.find_spec("matplotlib"):
             print(f"figures: the numbers are in {self.folder}; the package matplotlib would draw them")
             return
-        draw_figures(self.folder, error, distances, curves, tokens)
+        draw_figures(self.folder, error, distances, curves, tokens, changes)
         print(f"figures: {self.folder}")
 
     def write_csv(self, name, columns):
@@ -783,6 +793,14 @@ class Figures:
         write_text(self.folder / f"{name}.csv", "\n".join(lines) + "\n")
 
 
+def mean_and_error(values):
+    """The mean of a tensor and its standard error; not a number where there are too few values to say."""
+    if len(values) < 2:
+        return math.nan, math.nan
+    return values.mean().item(), values.std().item() / len(values) ** 0.5
+
+
+SURE = 0.5  # the top probability that parts low confidence from high
 # Name in a figure, and colour.
 STYLES = {
     "without training": ("without training", "C7"),
@@ -793,7 +811,7 @@ STYLES = {
 }
 
 
-def draw_figures(folder, error, distances, curves, tokens):
+def draw_figures(folder, error, distances, curves, tokens, changes):
     """PNG files of what Figures saw. The titles are made of the numbers, so they say what is seen."""
     import matplotlib
 
@@ -804,7 +822,7 @@ def draw_figures(folder, error, distances, curves, tokens):
         "1-error-by-position": draw_error(plt, error),
         "2-distance-to-teacher": draw_distance(plt, distances),
         "3-training-curves": draw_curves(plt, curves),
-        "4-confidence": draw_confidence(plt, tokens),
+        "4-confidence": draw_confidence(plt, tokens, changes),
     }
     for name, (figure, title) in figures.items():
         figure.suptitle(title, fontsize=10)
@@ -821,7 +839,7 @@ def draw_error(plt, error):
         axis.plot(range(1, len(values) + 1), values, color=colour, label=title)
         axis.set(title=what, xlabel="position in the sequence, tokens", yscale="log")
     axes[0].set_ylabel("relative squared error")
-    axes[0].legend()
+    axes[1].legend()
     values = error["without training, attention output"]
     quarter = max(1, len(values) // 4)
     growth = statistics.mean(values[-quarter:]) / statistics.mean(values[:quarter])
@@ -857,25 +875,23 @@ def draw_curves(plt, curves):
     return figure, f"From training to validation text the students lose, nats: {', '.join(gaps)}"
 
 
-def draw_confidence(plt, tokens):
+def draw_confidence(plt, tokens, changes):
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained", width_ratios=(3, 2))
     sure, ce = tokens["top probability"], tokens["cross-entropy"]
     dots = axes[0].scatter(sure, ce, c=tokens["token scale times N"], s=3, cmap="viridis", rasterized=True)
     figure.colorbar(dots, ax=axes[0], label="token scale times N")
-    axes[0].axvline(0.5, color="C3")
+    axes[0].axvline(SURE, color="C3")
     axes[0].set(xlabel="teacher's top probability", ylabel="teacher's cross-entropy, nats", xlim=(0, 1))
-    change = {"low confidence": [], "high confidence": []}
-    for p, d in zip(sure, tokens["TSLD minus logit"]):
-        change["high confidence" if p > 0.5 else "low confidence"].append(d)
-    for x, region in zip((0.02, 0.52), change):
+    regions = ("low confidence", "high confidence")
+    for x, region in zip((0.02, 0.52), regions):
         axes[0].text(x, 0.95, region, transform=axes[0].transAxes, color="C3")
-    means = {region: statistics.mean(values) if values else 0.0 for region, values in change.items()}
-    errors = [statistics.stdev(v) / len(v) ** 0.5 if len(v) > 1 else 0.0 for v in change.values()]
-    axes[1].bar(list(means), list(means.values()), yerr=errors, color=STYLES["tsld"][1], capsize=4)
+    means, errors = changes["mean change"], changes["standard error"]
+    axes[1].bar(regions, means, yerr=errors, color=STYLES["tsld"][1], capsize=4)
     axes[1].axhline(0, color="black", linewidth=0.8)
     axes[1].set_ylabel("cross-entropy, TSLD minus logit, nats")
     seen = [
-        f"{'raises' if m > 0 else 'lowers'} it by {abs(m):.3f} at {region}" for region, m in means.items()
+        f"{'raises' if mean > 0 else 'lowers'} it by {abs(mean):.3f} ± {error:.3f} at {region}"
+        for region, mean, error in zip(regions, means, errors)
     ]
     return figure, f"Tokens' cross-entropy: against logit, TSLD {' and '.join(seen)}"
 

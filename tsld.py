@@ -346,6 +346,8 @@ COMPILE_OPTIONS = {
     "cpp.enable_floating_point_contract_flag": "fast",
     # Each call trusts that the model's layers are still those that were compiled.
     "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe,
+    # So do the shapes of the weights, some 200 tensors a token.
+    "size_asserts": False,
 }
 
 
