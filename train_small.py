@@ -893,7 +893,7 @@ def draw_confidence(plt, tokens, changes):
         f"{'raises' if mean > 0 else 'lowers'} it by {abs(mean):.3f} ± {error:.3f} at {region}"
         for region, mean, error in zip(regions, means, errors)
     ]
-    return figure, f"Tokens' cross-entropy: against logit, TSLD {' and '.join(seen)}"
+    return figure, f"Tokens' cross-entropy, nats: against logit distillation, TSLD\n{' and '.join(seen)}"
 
 
 # ------------------------------------------------------------------------------------------------------------
