@@ -568,8 +568,8 @@ def test_gpt_is_gpt2(T):
 
 
 def published(state, prefix):
-    """The state of one of our GPTs as the published files have it: linear weights (in, out); the causal mask as
-    well; in one of two layouts, bare or with a prefix and the tied head."""
+    """The state of one of our GPTs as the published files have it: linear weights (in, out); the causal mask
+    as well; in one of two layouts, bare or with a prefix and the tied head."""
     file, size = {}, state["wpe.weight"].shape[0]
     for name, tensor in state.items():
         if name != "lm_head.weight":
@@ -1332,7 +1332,8 @@ FAMILIES = {  # configuration, and the linear layers of one block, as their auth
         SMALL
         | {"hidden_size": 12, "ffn_dim": 20, "num_hidden_layers": 2, "num_attention_heads": 2}
         | {"word_embed_proj_dim": 12},
-        "model.decoder.layers.{}.: self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.out_proj fc1 fc2",
+        "model.decoder.layers.{}.: self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.out_proj "
+        "fc1 fc2",
     ),
     "GPTNeoForCausalLM": (
         SMALL
