@@ -485,6 +485,42 @@ def test_a_packed_file_fills_a_model_that_is_not_our_gpt(tmp_path):
         assert type(wrong.up) is nn.Linear  # untouched
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (2, 3), (9, 6), (5000, 1)])
+def test_an_8_bit_head_rounds_each_row_to_127_steps_either_way(shape):
+    weight = torch.cat([randn(*shape).half(), torch.zeros(1, shape[1]).half()])  # the last row all zero
+    w = weight.double().numpy()
+    step = np.abs(w).max(1, keepdims=True) / 127
+    exact = np.where(step > 0, np.rint(w / np.where(step > 0, step, 1)) * step, 0.0)
+    assert np.abs(exact - w).max() > 0 or shape[1] == 1
+    for leading in ((), (1, 1), (3, 2)):
+        x = randn(*leading, shape[1])
+        got = tsld.Int8Head(weight)(x)
+        np.testing.assert_allclose(got, x.double().numpy() @ exact.T, rtol=1e-4, atol=1e-5)
+
+
+def test_compiled_and_eager_heads_agree():
+    x, weight = randn(1, 1, 20), randn(30, 20).half()
+    for head in (tsld.HalfHead(weight), tsld.Int8Head(weight)):
+        compiled = torch.compile(head)
+        try:
+            got = compiled(x)
+        except torch._dynamo.exc.BackendCompilerFailed:
+            pytest.skip("torch.compile finds no compiler here")
+        torch.testing.assert_close(got, head(x))
+
+
+def test_a_file_does_not_hold_the_8_bit_head(tmp_path):
+    model, path, ids = tsld.pack_model(quantized_gpt()), tmp_path / "model.packed", micro_ids()
+    tsld.save_model(path, model)
+    loaded = tsld.load_model(path)
+    exact = loaded(ids)
+    loaded.lm_head = tsld.Int8Head(loaded.wte.weight)
+    difference = (loaded(ids) - exact).abs().max() / exact.abs().max()
+    assert 0 < difference < 0.02
+    tsld.save_model(tmp_path / "again.packed", loaded)
+    assert torch.equal(tsld.load_model(tmp_path / "again.packed")(ids), exact)
+
+
 def test_a_file_that_is_no_packed_model_is_refused(tmp_path):
     path = tmp_path / "model.packed"
     tsld.save_model(path, tsld.pack_model(quantized_gpt()))
@@ -794,6 +830,21 @@ def test_compiled_generation_gives_the_same_tokens(tmp_path):
     except torch._dynamo.exc.BackendCompilerFailed:
         pytest.skip("torch.compile finds no compiler here")
     assert torch.equal(got, expected)
+
+
+def test_two_compiled_models_of_one_shape_but_for_the_vocabulary_do_not_share_a_step():
+    ids = micro_ids(B=1, T=2)
+    models = [micro_gpt(seed, vocab_size=size).requires_grad_(False) for seed, size in ((0, 17), (1, 40))]
+    expected = [model.generate(ids, 6, temperature=0) for model in models]
+    assert not torch.equal(*expected)
+    for model in models:
+        model.compile_generation()
+    try:
+        got = [model.generate(ids, 6, temperature=0) for model in (*models, copy.deepcopy(models[0]))]
+    except torch._dynamo.exc.BackendCompilerFailed:
+        pytest.skip("torch.compile finds no compiler here")
+    for ours, exact in zip(got, (*expected, expected[0]), strict=True):
+        assert torch.equal(ours, exact)
 
 
 def test_generate_restores_the_mode_and_refuses_what_does_not_fit():
@@ -1897,15 +1948,15 @@ def test_every_ternary_student_is_saved_packed_and_generates_text(tiny, capsys, 
         assert row["linear_bytes_fp32"] == 16 * row["linear_bytes_packed"]
         packed = tsld.load_model(path)
         assert math.exp(tsld.evaluate(packed, valid, 16)) == pytest.approx(row["student_ppl"], rel=5e-4)
-        printed = run(
-            ["--generate", str(path), "--prompt", "the quick", "--seed", "7", "--device", "cpu"], capsys
-        )
-        prompt = tokenizer.encode_ordinary("the quick")
-        torch.manual_seed(7)
-        expected = packed.generate(torch.tensor([prompt]), 16 - len(prompt), temperature=0.8, top_k=200)[
-            0
-        ].tolist()
-        assert printed == tokenizer.decode(expected) + "\n"
+        prompt = torch.tensor([tokenizer.encode_ordinary("the quick")])
+        for flags in ([], ["--int8-head"]):
+            asked = ["--generate", str(path), "--prompt", "the quick", "--seed", "7", "--device", "cpu"]
+            printed = run(asked + flags, capsys)
+            if flags:
+                packed.lm_head = tsld.Int8Head(packed.wte.weight)
+            torch.manual_seed(7)
+            expected = packed.generate(prompt, 16 - prompt.shape[1], temperature=0.8, top_k=200)[0]
+            assert printed == tokenizer.decode(expected.tolist()) + "\n"
 
 
 def test_a_prompt_too_long_or_a_file_that_is_no_packed_model_is_refused(tiny, capsys, tmp_path):

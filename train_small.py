@@ -569,6 +569,8 @@ def generate(args):
     if not 0 < len(prompt) < block:
         length = f"is {len(prompt)} tokens long, and the model's block is {block}" if prompt else "is empty"
         raise UserError(f"--prompt {length}: it takes 1 to {block - 1} tokens")
+    if args.int8_head:
+        model.lm_head = tsld.Int8Head(model.wte.weight)
     if args.compile:
         model.compile_generation()
     torch.manual_seed(args.seed)
@@ -932,9 +934,9 @@ def print_ratios(title, unit, values, larger_is_better=False):
 
 
 def bench_bandwidth(device):
-    """Bytes per second that this machine reads from memory, in as many streams as the packed model does."""
+    """Bytes per second that this machine reads from memory, in streams as the packed model does."""
     block = torch.zeros(2**14, 2**12, device=device)  # 268 MB, beyond most caches
-    total = torch.compile(lambda block: tsld.in_streams(lambda rows: rows.sum(1), block, 8), dynamic=False)
+    total = torch.compile(lambda block: tsld.in_streams(lambda rows: rows.sum(1), block), dynamic=False)
     return 4 * block.numel() / seconds_per_call({"sum": lambda: total(block)}, device)["sum"]
 
 
@@ -986,8 +988,11 @@ def bench_generation(device, bandwidth, model, packed):
             return time.perf_counter() - begin
 
         contestants["transformers generate, FP32"] = lambda: (length - 1) / (seconds(length) - seconds(1))
-    packed.compile_generation()
-    contestants["packed, compiled"] = lambda: ours(packed)
+    int8 = copy.deepcopy(packed)
+    int8.lm_head = tsld.Int8Head(int8.wte.weight)
+    for name, small in {"packed, compiled": packed, "packed, compiled, int8 head": int8}.items():
+        small.compile_generation()
+        contestants[name] = lambda small=small: ours(small)
     rates = {name: [] for name in contestants}
     for turn in range(6):
         for name, contestant in contestants.items():
@@ -1423,6 +1428,7 @@ def parse(argv):
     add("--resume", action="store_true", help="go on with a student's training that was interrupted")
     add("--generate", metavar="FILE", help="instead of training: write text with a packed model")
     add("--prompt", default="the", help="what the text begins with")
+    add("--int8-head", action="store_true", help="of --generate: the output head in 8 bits, for speed")
     add("--table", action="store_true", help="the paper's table 1 in kind, and its ablation, to data/results")
     add("--figures", action="store_true", help="with --loss all: the paper's figures, to data/figures")
     kinds = ("generation", "training", "memory")

@@ -323,19 +323,19 @@ def ternary_matmul(x, packed, scale):
             # p & (3 << 2j) is (code + 1) · 4^j: dividing x by 4^j, once for all rows, is less than shifting.
             return sum((p & 3 << 2 * j) * (quarters[j] / 4**j) for j in range(4)).sum(1)
 
-        y = (in_streams(product, packed, 4) - rows.sum())[None]  # Σ (code + 1) · x - Σ x
+        y = (in_streams(product, packed) - rows.sum())[None]  # Σ (code + 1) · x - Σ x
     else:
         blocks = packed.split(1024)
         y = torch.cat([rows @ unpack_ternary(block, rows.shape[1]).float().t() for block in blocks], dim=1)
     return (y * scale.flatten()).to(x.dtype).view(*x.shape[:-1], len(packed))
 
 
-def in_streams(product, weight, streams):
-    """product(weight), (out,), with the rows of the weight, (out, ...), taken from several places at once: a
+def in_streams(product, weight):
+    """product(weight), (out,), with the rows of the weight, (out, ...), taken from four places at once: a
     processor fetches ahead in each of them, and gets more out of memory than from one place."""
-    R = math.ceil(len(weight) / streams)
+    R = math.ceil(len(weight) / 4)
     parts = []
-    for begin in range(0, R * streams, R):
+    for begin in range(0, 4 * R, R):
         first = min(begin, len(weight) - R)  # the last ones overlap those before, to be R rows as well
         parts.append(product(weight[first : first + R])[begin - first :])
     return torch.cat(parts)
@@ -369,6 +369,16 @@ class PackedLinear(nn.Module):
         return f"{self.in_features}, {len(self.packed)}, bias={self.bias is not None}"
 
 
+def _head_product(x, weight):
+    """x @ weight.T in float32, (..., C) -> (..., V); weight: (V, C) of any dtype, never converted whole."""
+    rows = x.reshape(-1, x.shape[-1]).float()
+    if len(rows) == 1 and torch.compiler.is_compiling():  # one loop over the bytes, as in ternary_matmul
+        y = in_streams(lambda part: (rows * part).sum(1), weight)[None]
+    else:
+        y = torch.cat([rows @ block.float().t() for block in weight.split(4096)], dim=1)
+    return y.view(*x.shape[:-1], len(weight))
+
+
 class HalfHead(nn.Module):
     """The output head of a loaded model: reads the float16 embedding, computes in float32."""
 
@@ -377,12 +387,23 @@ class HalfHead(nn.Module):
         self.weight = weight  # float16 (V, C)
 
     def forward(self, x):  # (..., C) -> (..., V) float32
-        rows = x.reshape(-1, x.shape[-1]).float()
-        if len(rows) == 1 and torch.compiler.is_compiling():  # one loop over the bytes, as in ternary_matmul
-            y = in_streams(lambda weight: (rows * weight).sum(1), self.weight, 8)[None]
-        else:
-            y = torch.cat([rows @ block.float().t() for block in self.weight.split(4096)], dim=1)
-        return y.view(*x.shape[:-1], len(self.weight))
+        return _head_product(x, self.weight)
+
+
+class Int8Head(nn.Module):
+    """A loaded model's output head in 8 bits, half the bytes for each token to read: every row of the weight
+    (V, C) is rounded to -127 ... 127 times its own scale. `model.lm_head = Int8Head(model.wte.weight)`; a
+    file of the model does not hold it."""
+
+    def __init__(self, weight):
+        super().__init__()
+        w = weight.detach().float()
+        scale = w.abs().amax(1, keepdim=True) / 127
+        self.register_buffer("codes", (w / _divisor(scale)).round().to(torch.int8), persistent=False)
+        self.register_buffer("scale", scale, persistent=False)  # float32 (V, 1)
+
+    def forward(self, x):  # (..., C) -> (..., V) float32
+        return _head_product(x, self.codes) * self.scale.flatten()
 
 
 def pack_model(model):
@@ -582,7 +603,7 @@ class GPT(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.wte.weight
-        self.compiled_next_logits = None  # see compile_generation
+        self.compiled_step = None  # see compile_generation
         for name, parameter in self.named_parameters():  # GPT-2's initialization
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
@@ -665,7 +686,14 @@ class GPT(nn.Module):
     def compile_generation(self):
         """Compiles the step that adds one token, which takes a minute at the first one and makes generation
         several times faster. To be called again after a change to the model's layers."""
-        self.compiled_next_logits = torch.compile(self.next_logits, options=COMPILE_OPTIONS)
+
+        def step(model, ids, positions, cache):
+            return model.next_logits(ids, positions, cache)
+
+        # torch.compile keeps what it compiled with the code object: as this one is new, another model, whose
+        # layers COMPILE_OPTIONS would not look at, gets its own.
+        step.__code__ = step.__code__.replace()
+        self.compiled_step = torch.compile(step, options=COMPILE_OPTIONS)
 
     @torch.no_grad()
     def stream(self, ids, max_new_tokens, temperature=1.0, top_k=None):
@@ -684,8 +712,8 @@ class GPT(nn.Module):
         positions = torch.arange(T, device=ids.device)
         try:
             for _ in range(max_new_tokens):
-                compiled = self.compiled_next_logits if ids.shape[1] == 1 else None
-                logits = (compiled or self.next_logits)(ids, positions, cache)  # (B, V)
+                step = self.compiled_step if ids.shape[1] == 1 else None
+                logits = (step or GPT.next_logits)(self, ids, positions, cache)  # (B, V)
                 if temperature == 0:
                     ids = logits.argmax(-1, keepdim=True)  # (B, 1)
                 else:
