@@ -988,7 +988,7 @@ LEAN_SHAPES = [(3, 5, 4, 7), (1, 1, 2, 2), (2, 8, 3, 11)]  # B, T, C, V
 
 
 def lean_example(B, T, C, V, tied, seed=0):
-    """hidden and head of a student, of a teacher; targets. `tied`: the student's hidden depends on its head."""
+    """hidden and head of a student, of a teacher; targets. tied: the student's hidden depends on its head."""
     head = randn(V, C, seed=seed).requires_grad_()
     inner = randn(B, T, C, seed=seed + 1).requires_grad_()
     targets = torch.from_numpy(np.random.default_rng(seed).integers(V, size=(B, T)))

@@ -139,9 +139,8 @@ def load_corpus(choice):
     if choice is not None:
         return Corpus(str(choice), f"{choice}, as asked for", load_path(choice))
     try:
-        return Corpus(
-            "ptb", f"Penn Treebank, from {DATA / 'ptb'}, the default where it can be had", load_ptb()
-        )
+        ptb = f"Penn Treebank, from {DATA / 'ptb'}, the default where it can be had"
+        return Corpus("ptb", ptb, load_ptb())
     except UserError as error:
         return Corpus("pydoc", f"{pydoc}, instead of the Penn Treebank: {error}", load_pydoc())
 
@@ -149,9 +148,8 @@ def load_corpus(choice):
 # ------------------------------------------------------------------------------------------------------------
 # Vocabulary: byte-level BPE, so every text round-trips
 
-PATTERN = (
-    r" ?\w+| ?[^\w\s]+|\s+(?!\S)|\s"  # words and punctuation with the space before them; other white space
-)
+# Words and punctuation with the space before them; other white space.
+PATTERN = r" ?\w+| ?[^\w\s]+|\s+(?!\S)|\s"
 VOCABULARY = DATA / "bpe2048.tiktoken"
 
 
@@ -167,18 +165,15 @@ def load_tokenizer(name):
         return tiktoken.get_encoding(name)
     except OSError as error:
         cause = str(error).split("(Caused by")[0]
-        raise UserError(
-            f"GPT-2's vocabulary cannot be downloaded ({cause}): go online once, or use --model tiny"
-        )
+        remedy = "go online once, or use --model tiny"
+        raise UserError(f"GPT-2's vocabulary cannot be downloaded ({cause}): {remedy}")
 
 
 def learn_vocabulary(text, size):
     """Byte-pair encoding (Sennrich et al., 2016): join the most frequent pair of neighbouring tokens into a
     new one, until there are `size`. Returns the tokens, as bytes, in the order they were made."""
     counts = collections.Counter(word.encode() for word in re.findall(PATTERN, text))
-    words = {
-        word: [bytes([byte]) for byte in word] for word in counts
-    }  # each distinct word as its present tokens
+    words = {word: [bytes([byte]) for byte in word] for word in counts}  # each as its present tokens
     vocabulary = [bytes([byte]) for byte in range(256)]
     pairs, users = collections.Counter(), collections.defaultdict(set)  # pair -> how often, in which words
 
@@ -449,9 +444,8 @@ def frozen_teacher(setup, teacher, perplexity):
     there = setup.score(half, ["valid"])["valid"]["ppl"]
     same = math.isclose(there, perplexity, rel_tol=5e-4)
     figures = f"perplexity {there:.2f}, in float32 {perplexity:.2f}"
-    print(
-        f"teacher for distillation: {'bfloat16' if same else 'float32; in bfloat16'} ({figures})", flush=True
-    )
+    stored = "bfloat16" if same else "float32; in bfloat16"
+    print(f"teacher for distillation: {stored} ({figures})", flush=True)
     return half if same else teacher
 
 
@@ -533,10 +527,8 @@ def print_table(rows):
     print(f"\n{'':30}{'validation':>21}{'test':>22}{'size':>13}")
     print(f"{'':30}{'perplexity bits/byte':>21}{'perplexity bits/byte':>22}{'bytes':>13}")
     for name, scores, size in rows:
-        valid, test = (
-            f"{scores[part]['ppl']:11.2f}{scores[part]['bpb']:10.4f}" for part in ("valid", "test")
-        )
-        print(f"{name:30}{valid} {test}{size:13,}")
+        columns = (f"{scores[part]['ppl']:11.2f}{scores[part]['bpb']:10.4f}" for part in ("valid", "test"))
+        print(f"{name:30}{' '.join(columns)}{size:13,}")
 
 
 def print_sample(setup, student, loss, prompt_length=16, length=64):
@@ -602,7 +594,7 @@ SEEDS = (0, 1, 2)
 
 
 def table(args):
-    """Fills data/results/table.json; rows there already, of the same teacher and setting, are not done again."""
+    """Fills data/results/table.json; rows that are there, of the same teacher and setting, stay."""
     setup, path = set_up(args), check_folder(DATA / "results") / "table.json"
     rows = json.loads(path.read_text()) if path.exists() else []
     teacher, half = train_teacher(setup), None
@@ -612,10 +604,8 @@ def table(args):
     for number, (setting, config) in enumerate(wanted, 1):
         if any(setting.items() <= row.items() for row in rows):
             continue
-        parts = (
-            setting[key] for key in ("method", "bits", "temperature", "gt_weight", "seed") if key in setting
-        )
-        name = "-".join(map(str, parts))
+        named = ("method", "bits", "temperature", "gt_weight", "seed")
+        name = "-".join(str(setting[key]) for key in named if key in setting)
         print(f"{number} of {len(wanted)}: {name}", flush=True)
         if config is None:
             model = untrained(setup, teacher, setting["method"])
@@ -760,9 +750,8 @@ class Figures:
 
     def draw(self):
         positions = range(1, self.ids.shape[1] + 1)
-        error = {
-            f"{name}, {what}": e.tolist() for name, both in self.errors.items() for what, e in both.items()
-        }
+        errors = [(f"{name}, {what}", e) for name, both in self.errors.items() for what, e in both.items()]
+        error = {title: e.tolist() for title, e in errors}
         self.write_csv("1-error-by-position", {"position": positions} | error)
         distances = {name: sorted(d.flatten().tolist()) for name, d in self.distances.items()}
         self.write_csv("2-distance-to-teacher", distances)
@@ -891,11 +880,9 @@ def draw_confidence(plt, tokens, changes):
     axes[1].bar(regions, means, yerr=errors, color=STYLES["tsld"][1], capsize=4)
     axes[1].axhline(0, color="black", linewidth=0.8)
     axes[1].set_ylabel("cross-entropy, TSLD minus logit, nats")
-    seen = [
-        f"{'raises' if mean > 0 else 'lowers'} it by {abs(mean):.3f} ± {error:.3f} at {region}"
-        for region, mean, error in zip(regions, means, errors)
-    ]
-    return figure, f"Tokens' cross-entropy, nats: against logit distillation, TSLD\n{' and '.join(seen)}"
+    by = (f"{mean:+.3f} ± {error:.3f} at {name}" for name, mean, error in zip(regions, means, errors))
+    seen = "Against logit distillation, TSLD changes a token's cross-entropy in nats\nby "
+    return figure, seen + " and ".join(by)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1244,9 +1231,8 @@ def choose_device(name):
         torch.zeros(1, device=device)
         return device
     except (RuntimeError, AssertionError, NotImplementedError):
-        raise UserError(
-            f"--device {name}: there is no such device here; without it a run takes what there is"
-        )
+        remedy = "without it a run takes what there is"
+        raise UserError(f"--device {name}: there is no such device here; {remedy}")
 
 
 def default_dtype(device):
@@ -1275,9 +1261,8 @@ def load_preset(name, args):
     preset = PRESETS[name]
     init = args.init or ("pretrained" if name in tsld.PUBLISHED else "scratch")
     if init == "pretrained" and name not in tsld.PUBLISHED:
-        raise UserError(
-            f"--init pretrained: there are published weights for {', '.join(tsld.PUBLISHED)} alone"
-        )
+        published = ", ".join(tsld.PUBLISHED)
+        raise UserError(f"--init pretrained: there are published weights for {published} alone")
     tokenizer = load_tokenizer(preset.tokenizer)
     torch.manual_seed(args.seed)
     if init == "scratch":
@@ -1319,9 +1304,8 @@ def load_theirs(args):
     model.generation_config.do_sample = True
     positions = getattr(model.config, "max_position_embeddings", GPT2.gpt.block_size)
     gpt = replace(GPT2.gpt, block_size=min(positions, GPT2.gpt.block_size))
-    return Source(
-        args.model, model, TheirTokenizer(args.model, tokenizer), replace(GPT2, gpt=gpt), "pretrained"
-    )
+    theirs = TheirTokenizer(args.model, tokenizer)
+    return Source(args.model, model, theirs, replace(GPT2, gpt=gpt), "pretrained")
 
 
 def check_folder(path):
@@ -1395,9 +1379,8 @@ def parse(argv):
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
     above_zero, from_zero = number(float), number(float, or_equal=True)
-    add(
-        "--loss", choices=(*LOSSES, "all"), default="tsld", help="what the student learns from (default tsld)"
-    )
+    about = "what the student learns from (default tsld)"
+    add("--loss", choices=(*LOSSES, "all"), default="tsld", help=about)
     add("--bits", type=int, choices=(2, 4), default=2, help="bits per weight: 2 is ternary (default 2)")
     kinds = ("tensor", "channel")
     add("--granularity", choices=kinds, default="tensor", help="what shares a scale (default tensor)")

@@ -415,9 +415,8 @@ def pack_model(model):
         if isinstance(m, QuantLinear) and m.bits == 2
     ]
     if not layers:
-        raise ValueError(
-            f"{type(model).__name__} has no 2-bit QuantLinear to pack: quantize_model(model, bits=2) first"
-        )
+        kind = type(model).__name__
+        raise ValueError(f"{kind} has no 2-bit QuantLinear to pack: quantize_model(model, bits=2) first")
     for name, layer in layers:
         codes, scale = ternarize(layer.weight, layer.granularity)
         bias = None if layer.bias is None else layer.bias.detach()
@@ -549,9 +548,7 @@ class Attention(nn.Module):
             p = score.masked_fill(future, -math.inf).softmax(-1)
             y = F.dropout(p, dropout) @ v
         else:
-            on_cpu = (
-                x.device.type == "cpu"
-            )  # the fused kernel's bfloat16 backward is slower than its float32 one
+            on_cpu = x.device.type == "cpu"  # where the fused kernel's backward is slower in bfloat16
             with torch.autocast("cpu", enabled=False) if on_cpu else nullcontext():
                 q, k, v = (t.float() if on_cpu else t for t in (q, k, v))
                 y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
@@ -643,9 +640,8 @@ class GPT(nn.Module):
         n_head = _published_heads(path, n_embd)
         with torch.device("meta"):
             model = cls(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout))
-        there, here = (
-            {n: tuple(t.shape) for n, t in part} for part in (tensors.items(), model.named_parameters())
-        )
+        there = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        here = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         _refuse_other_shapes(path, there, here)
         model.load_state_dict(tensors, strict=False, assign=True)  # not strict: the head is tied
         model.lm_head.weight = model.wte.weight
@@ -751,9 +747,8 @@ def _published_tensors(path):
         try:
             content = torch.load(file, map_location="cpu", weights_only=True)
         except Exception:  # a damaged file can make torch trip over anything
-            raise CheckpointError(
-                f"{path} is truncated or holds more than plain values, and is not loaded"
-            ) from None
+            problem = "is truncated or holds more than plain values, and is not loaded"
+            raise CheckpointError(f"{path} {problem}") from None
     if not isinstance(content, dict) or not all(isinstance(t, torch.Tensor) for t in content.values()):
         raise CheckpointError(f"{path} holds no named tensors")
     tensors = {}
@@ -892,14 +887,8 @@ SCRATCH_BYTES = 2**27  # what the logits of one model take at a time, in float32
 
 
 def lean_per_token_terms(
-    student_hidden,
-    student_head,
-    teacher_hidden,
-    teacher_head,
-    targets,
-    loss=None,
-    temperature=10.0,
-    gt_weight=0.0,
+    student_hidden, student_head, teacher_hidden, teacher_head, targets,
+    loss=None, temperature=10.0, gt_weight=0.0,
 ):
     """The Terms of per_token_terms from logits = hidden @ head.T, a few rows of them at a time: neither
     model's (B, T, V) logits ever exist whole, forward or backward.
@@ -1230,9 +1219,8 @@ def train(model, tokens, config, teacher=None, checkpoint=None, resume=False, on
         (value,) = sum_over_processes(add_gradients(objective, list(zip(*parts))) / world)
         if not math.isfinite(value):
             where = f"; the last checkpoint is {checkpoint}" if Path(checkpoint or "").is_file() else ""
-            raise TrainingDiverged(
-                f"the loss became {value} at step {step + 1}, learning rate {lr:.2e}{where}"
-            )
+            when = f"at step {step + 1}, learning rate {lr:.2e}"
+            raise TrainingDiverged(f"the loss became {value} {when}{where}")
         nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         optimizer.step()
         optimizer.zero_grad()
