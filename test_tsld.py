@@ -2266,7 +2266,7 @@ def test_figures_are_drawn_and_their_numbers_kept(drawn, tiny, capsys, tmp_path,
     assert set(distance) == {"without training", "l2l", "logit"} and min(distance["logit"]) > -1e-5
     tokens = read_csv(folder / "4-confidence.csv")
     scale, ce = np.array(tokens["token scale times N"]), np.array(tokens["cross-entropy"])
-    whole = np.exp(ce / 10).reshape(-1, 16)
+    whole = np.exp(ce / 20).reshape(-1, 16)
     np.testing.assert_allclose(scale.reshape(-1, 16), 16 * whole / whole.sum(1, keepdims=True), rtol=1e-3)
     models = {}
     for name, path in (
@@ -2306,6 +2306,18 @@ def test_figures_are_drawn_and_their_numbers_kept(drawn, tiny, capsys, tmp_path,
         assert changes["mean change"][i] == pytest.approx(region.mean(), rel=1e-3, abs=2e-6)
         spread = region.std(ddof=1) / math.sqrt(len(region))
         assert changes["standard error"][i] == pytest.approx(spread, rel=0.01)
+
+
+def test_a_run_has_the_temperature_that_measured_best_and_the_table_the_papers(tiny):
+    def temperatures(*flags):
+        setup = train_small.set_up(train_small.parse([*flags, *tiny]))
+        table = {config.temperature for _, config in train_small.wanted_rows(setup) if config}
+        plain = {c.temperature for _, c in train_small.wanted_rows(setup) if c and c.loss == "logit"}
+        return setup.student.temperature, plain, table - plain
+
+    assert temperatures() == (20.0, {10.0}, {1.0, 2.0, 5.0, 20.0})
+    assert temperatures("--tsld-temperature", "7") == (7.0, {7.0}, {1.0, 2.0, 5.0, 10.0, 20.0})
+    assert train_small.PRESETS["gpt2"].student.temperature == 10.0
 
 
 def test_the_table_has_every_row_of_the_papers_and_goes_on_where_it_stopped(

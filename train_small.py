@@ -245,7 +245,7 @@ PRESETS = {
         gpt=GPTConfig(block_size=128, vocab_size=2048, n_layer=6, n_head=4, n_embd=128),
         tokenizer="bpe2048",
         teacher=TrainConfig(loss="gt", steps=1000, batch_size=32, lr=4e-3),
-        student=TrainConfig(steps=400, batch_size=32, lr=1e-3),
+        student=TrainConfig(steps=400, batch_size=32, lr=1e-3, temperature=20.0),
         lr_4bit=1e-4,
         teacher_epochs=11,
         student_tokens=100_000,
@@ -385,8 +385,8 @@ def set_up(args):
 
     lr = args.lr or preset.lr(args.bits)
     given = {"batch_size": args.batch_size, "lr": lr, "accumulate": args.accumulate}
+    given |= {"temperature": args.tsld_temperature, "gt_weight": args.gt_weight}
     student = replace(preset.student, **{name: value for name, value in given.items() if value is not None})
-    student = replace(student, temperature=args.tsld_temperature, gt_weight=args.gt_weight)
     full = limit(student.steps, preset.student_epochs, student, block_size, tokens["student"])
     steps = args.steps or full
     teacher = replace(preset.teacher)
@@ -625,7 +625,7 @@ def table(args):
 def wanted_rows(setup):
     """What the table is to hold: a setting, and the training configuration where there is one to do."""
     wanted = [({"bits": bits, "method": method}, None) for bits, method in ((32, "teacher"), *UNTRAINED)]
-    default = setup.student.temperature, setup.student.gt_weight
+    default = setup.args.tsld_temperature or TrainConfig.temperature, setup.student.gt_weight
     groups = [[(bits, loss, *default) for loss in losses] for bits, losses in TRAINED.items()]
     groups.append([(2, "tsld", *setting) for setting in ABLATION])
     students = [(seed, *student) for group in groups for seed in SEEDS for student in group]
@@ -1384,8 +1384,8 @@ def parse(argv):
     add("--bits", type=int, choices=(2, 4), default=2, help="bits per weight: 2 is ternary (default 2)")
     kinds = ("tensor", "channel")
     add("--granularity", choices=kinds, default="tensor", help="what shares a scale (default tensor)")
-    about = "τ of the token scale (default 10; inf: logit)"
-    add("--tsld-temperature", type=above_zero, default=10.0, help=about)
+    about = "τ of the token scale (default: 20 for tiny, else the paper's 10; inf: logit)"
+    add("--tsld-temperature", type=above_zero, help=about)
     about = "weight of the ground-truth loss added to tsld (default 0)"
     add("--gt-weight", type=from_zero, default=0.0, help=about)
     own = ", ".join(PRESETS)
