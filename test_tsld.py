@@ -1929,7 +1929,9 @@ def test_the_teacher_is_kept_in_bfloat16_where_its_perplexity_is_the_same_to_thr
     assert taught_by[1::2] == [torch.bfloat16, torch.float32, torch.float32]
 
 
-def test_every_ternary_student_is_saved_packed_and_generates_text(tiny, capsys, tmp_path):
+def test_every_ternary_student_is_saved_packed_and_generates_text(tiny, capsys, tmp_path, monkeypatch):
+    int8_heads, exact = [], tsld.Int8Head
+    monkeypatch.setattr(tsld, "Int8Head", lambda weight: int8_heads.append(1) or exact(weight))
     assert "--generate" in run(["--loss", "all", *tiny], capsys)
     tokenizer = train_small.load_tokenizer("bpe2048")
     valid = torch.tensor(tokenizer.encode_ordinary(train_small.split_text((WORDS * 40).encode())["valid"]))
@@ -1942,7 +1944,9 @@ def test_every_ternary_student_is_saved_packed_and_generates_text(tiny, capsys, 
         prompt = torch.tensor([tokenizer.encode_ordinary("the quick")])
         for flags in ([], ["--int8-head"]):
             asked = ["--generate", str(path), "--prompt", "the quick", "--seed", "7", "--device", "cpu"]
+            int8_heads.clear()
             printed = run(asked + flags, capsys)
+            assert len(int8_heads) == len(flags)
             if flags:
                 packed.lm_head = tsld.Int8Head(packed.wte.weight)
             torch.manual_seed(7)
@@ -2299,7 +2303,7 @@ def test_figures_are_drawn_and_their_numbers_kept(drawn, tiny, capsys, tmp_path,
         assert changes["standard error"][i] == pytest.approx(spread, rel=0.01)
 
 
-def test_a_run_has_the_temperature_that_measured_best_and_the_table_the_papers(tiny):
+def test_a_run_has_the_settings_that_measured_best_and_the_table_the_papers_temperature(tiny):
     def temperatures(*flags):
         setup = train_small.set_up(train_small.parse([*flags, *tiny]))
         table = {config.temperature for _, config in train_small.wanted_rows(setup) if config}
@@ -2309,6 +2313,8 @@ def test_a_run_has_the_temperature_that_measured_best_and_the_table_the_papers(t
     assert temperatures() == (20.0, {10.0}, {1.0, 2.0, 5.0, 20.0})
     assert temperatures("--tsld-temperature", "7") == (7.0, {7.0}, {1.0, 2.0, 5.0, 10.0, 20.0})
     assert train_small.PRESETS["gpt2"].student.temperature == 10.0
+    for flags, weight in (([], 0.0), (["--gt-weight", "0.25"], 0.25)):
+        assert train_small.set_up(train_small.parse([*flags, *tiny])).student.gt_weight == weight
 
 
 def test_the_table_has_every_row_of_the_papers_and_goes_on_where_it_stopped(
