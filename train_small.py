@@ -625,6 +625,7 @@ def table(args):
 def wanted_rows(setup):
     """What the table is to hold: a setting, and the training configuration where there is one to do."""
     wanted = [({"bits": bits, "method": method}, None) for bits, method in ((32, "teacher"), *UNTRAINED)]
+    # Where none is asked for, the paper's temperature, not the preset's.
     default = setup.args.tsld_temperature or TrainConfig.temperature, setup.student.gt_weight
     groups = [[(bits, loss, *default) for loss in losses] for bits, losses in TRAINED.items()]
     groups.append([(2, "tsld", *setting) for setting in ABLATION])

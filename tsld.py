@@ -391,15 +391,19 @@ class HalfHead(nn.Module):
 
 
 class Int8Head(nn.Module):
-    """A loaded model's output head in 8 bits, half the bytes for each token to read: every row of the weight
-    (V, C) is rounded to -127 ... 127 times its own scale. `model.lm_head = Int8Head(model.wte.weight)`; a
-    file of the model does not hold it."""
+    """A loaded model's output head in 8 bits, half the bytes to read for each token:
+
+        w ≈ scale · codes   scale = max|w| / 127 of each row, a token's   codes = round(w / scale)
+
+    weight: (V, C), any float dtype. `model.lm_head = Int8Head(model.wte.weight)`; save_model leaves it out.
+    """
 
     def __init__(self, weight):
         super().__init__()
         w = weight.detach().float()
         scale = w.abs().amax(1, keepdim=True) / 127
-        self.register_buffer("codes", (w / _divisor(scale)).round().to(torch.int8), persistent=False)
+        codes = (w / _divisor(scale)).round().to(torch.int8)
+        self.register_buffer("codes", codes, persistent=False)  # int8 (V, C)
         self.register_buffer("scale", scale, persistent=False)  # float32 (V, 1)
 
     def forward(self, x):  # (..., C) -> (..., V) float32
