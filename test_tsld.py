@@ -1061,7 +1061,7 @@ def random_codes(out_features, in_features, seed=0):
     )
 
 
-SHAPES = [(1, 1), (1, 4), (3, 2), (2, 3), (5, 5), (4, 8), (7, 30), (16, 31), (1, 33), (3000, 6)]
+SHAPES = [(1, 1), (1, 4), (3, 2), (2, 3), (5, 5), (4, 8), (7, 30), (16, 31), (1, 33), (3000, 6), (5, 64), (40, 61), (2, 256)]
 
 
 @pytest.fixture
@@ -1087,11 +1087,15 @@ def test_packing_and_unpacking_is_lossless_at_two_bits_a_weight(shape):
         assert tsld.unpack_ternary(packed, shape[1]).dtype == torch.int8
 
 
-def test_byte_i_holds_code_i_of_each_quarter_of_the_row_in_twos_complement():
-    codes, bits = random_codes(3, 10), {0: 0b00, 1: 0b01, -1: 0b11}
+@pytest.mark.parametrize("width, size", [(10, 1), (3, 1), (16, 4), (31, 4), (64, 4)])
+def test_code_j_of_unit_i_is_that_of_activation_j_times_u_plus_i(width, size):
+    codes, bits = random_codes(3, width), {0: 0b00, 1: 0b01, -1: 0b11}
+    K = math.ceil(width / 4)
+    U = K // size  # units of `size` bytes, little-endian
     for row, packed in zip(codes.tolist(), tsld.pack_ternary(codes).tolist()):
-        row += [0, 0]  # quarters of 3, the last one with 2 codes of filling
-        assert packed == [sum(bits[row[3 * j + i]] * 4**j for j in range(4)) for i in range(3)]
+        row += [0] * (4 * K - width)
+        units = [sum(bits[row[j * U + i]] << 2 * j for j in range(4 * size)) for i in range(U)]
+        assert bytes(packed) == b"".join(unit.to_bytes(size, "little") for unit in units)
 
 
 @pytest.mark.parametrize("product", ["in C", "in PyTorch"], indirect=True)
@@ -1106,7 +1110,7 @@ def test_the_worked_example_of_pack_ternary(product):
 def test_the_product_in_c_and_in_pytorch_agree(monkeypatch):
     if not tsld.c_library():
         pytest.skip("there is no C compiler")
-    for out_features, in_features in ((1, 1), (3, 5), (70, 64), (9, 1000), (2000, 33)):
+    for out_features, in_features in ((1, 13), (3, 16), (70, 64), (9, 1000), (2000, 45)):
         x, packed = randn(in_features), tsld.pack_ternary(random_codes(out_features, in_features))
         exact = tsld.ternary_sums(x, packed)
         got = tsld.ternary_matmul(x, packed, torch.ones(1, 1))
@@ -1183,8 +1187,8 @@ def test_the_float16_head_is_the_product_with_its_weight(shape, product):
 C_CALL = """
 import sys, torch, tsld
 torch.set_num_threads(1)
-codes = torch.randint(-1, 2, (9, 30), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
-x = torch.arange(30.0)
+codes = torch.randint(-1, 2, (9, 32), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
+x = torch.arange(32.0)
 y = tsld.ternary_matmul(x, tsld.pack_ternary(codes), torch.ones(1, 1))
 assert torch.equal(y, codes.float() @ x)
 print(tsld.c_library() is not None)
@@ -1234,7 +1238,7 @@ def test_the_c_functions_are_compiled_once_and_done_without_where_they_cannot_be
 
 
 def test_the_c_product_is_right_in_many_threads_at_once():
-    packed, x, expected = tsld.pack_ternary(random_codes(50, 90)), randn(90), []
+    packed, x, expected = tsld.pack_ternary(random_codes(50, 96)), randn(96), []
     expected = tsld.ternary_sums(x, packed)
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         for y in pool.map(lambda _: tsld.ternary_matmul(x, packed, torch.ones(1, 1)), range(200)):

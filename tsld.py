@@ -413,9 +413,12 @@ class Attention(nn.Module):
             future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
             p = scores.masked_fill(future, -math.inf).softmax(-1)
             y = F.dropout(p, dropout) @ v
-        else:  # the same, fused
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, dropout_p=dropout)
-        y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        else:  # the same, fused; its bfloat16 form has a slow backward pass on CPUs
+            if x.device.type == "cpu":
+                q, k, v = q.float(), k.float(), v.float()
+            with torch.autocast("cpu", enabled=False):
+                y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, dropout_p=dropout)
+        y = self.c_proj(y.to(x.dtype).transpose(1, 2).reshape(B, T, C))
         return F.dropout(y, dropout), scores
 
 
@@ -743,35 +746,43 @@ def bits_per_byte(nats_per_token, tokens, bytes):
 #
 # The paper promises 16 times less memory than FP32 and a product without multiplications. A code takes
 # the two lowest bits of its two's complement, 0 = 00, +1 = 01, -1 = 11: the low bit says "not zero",
-# the high one "negative". A row of `in` codes is cut into 4 quarters of K = ceil(in / 4), the last
-# one filled up with 0. Byte i of the packed row holds code i of each quarter, quarter j in bits 2j and
-# 2j + 1. So one shift of all bytes brings a quarter into place, in the order of its activations.
+# the high one "negative". A row of K = ceil(in / 4) bytes is cut into U units: of 4 bytes where K is a
+# multiple of 4, else of one. Code j of unit i, in bits 2j and 2j + 1, belongs to activation j · U + i.
+# So one shift of all units brings U codes into place, in the order of their activations.
+
+
+def _units(K):
+    """Bytes in a unit, and the number of units in a row of K bytes."""
+    return (4, K // 4) if K % 4 == 0 else (1, K)
 
 
 def pack_ternary(codes):
     """codes: int8 (out, in) in {-1, 0, +1} -> uint8 (out, ceil(in / 4)).
 
-    An example with 3 columns: K = 1, a row is one byte, and the fourth quarter is filling.
+    An example with 3 columns: K = U = 1, a row is one byte, and the fourth code is filling.
 
-        codes          two's complement, last quarter first      byte
-        +1  0 -1       00 11 00 01                               49
-         0 +1 +1       00 01 01 00                               20
-        -1  0  0       00 00 00 11                                3
+        codes          two's complement, last code first      byte
+        +1  0 -1       00 11 00 01                             49
+         0 +1 +1       00 01 01 00                             20
+        -1  0  0       00 00 00 11                              3
 
     and ternary_matmul of x = (2, 3, 5) with it adds and subtracts:
 
         y = α · ( 2 - 5,  3 + 5,  -2 ) = α · (-3, 8, -2)
     """
-    K = math.ceil(codes.shape[1] / 4)
-    filled = F.pad(codes, (0, 4 * K - codes.shape[1]))  # (out, 4 K)
-    quarters = (filled & 3).to(torch.uint8).view(-1, 4, K)  # (out, 4, K), two bits each
-    return sum(quarters[:, j] << 2 * j for j in range(4))
+    (out, width), K = codes.shape, math.ceil(codes.shape[1] / 4)
+    size, U = _units(K)
+    bits = F.pad(codes & 3, (0, 4 * K - width)).to(torch.uint8).view(out, size, 4, U)
+    packed = sum(bits[:, :, j] << 2 * j for j in range(4))  # (out, size, U): byte b of unit i
+    return packed.transpose(1, 2).reshape(out, K)
 
 
 def unpack_ternary(packed, in_features):
     """packed: uint8 (out, ceil(in / 4)) -> codes, int8 (out, in)."""
-    quarters = [(packed << 6 - 2 * j).view(torch.int8) >> 6 for j in range(4)]  # >> keeps the sign
-    return torch.cat(quarters, dim=1)[:, :in_features]
+    (out, K), (size, U) = packed.shape, _units(packed.shape[1])
+    packed = packed.reshape(out, U, size).transpose(1, 2)  # (out, size, U)
+    codes = [(packed << 6 - 2 * j).view(torch.int8) >> 6 for j in range(4)]  # >> keeps the sign
+    return torch.stack(codes, dim=2).reshape(out, 4 * K)[:, :in_features]
 
 
 def ternary_matmul(x, packed, scale):
@@ -789,9 +800,11 @@ def ternary_matmul(x, packed, scale):
     if len(rows) != 1:
         parts = (unpack_ternary(part, rows.shape[1]).float() for part in packed.split(1024))
         y = torch.cat([rows @ part.t() for part in parts], dim=1)
-    else:
+    elif packed.shape[1] % 4 == 0 and _use_c(x):
         filled = F.pad(rows[0], (0, 4 * packed.shape[1] - rows.shape[1]))  # (4 K,)
-        y = _in_c("ternary_sums", filled, packed) if _use_c(x) else ternary_sums(rows[0], packed)
+        y = _in_c("ternary_sums", filled, packed.contiguous().view(torch.int32))  # a unit each
+    else:
+        y = ternary_sums(rows[0], packed)
     return (y * scale.flatten()).to(x.dtype).view(*x.shape[:-1], len(packed))
 
 
@@ -1066,27 +1079,34 @@ def has_lean_loss(model, loss):
     return logits.shape == product.shape and torch.allclose(logits, product, rtol=1e-5, atol=1e-5)
 
 
-# The product in C is one pass over the packed bytes. `bits` are those of an activation: with the sign
-# flipped where its code is negative, and all cleared where its code is 0. There is no multiplication.
+# The product in C goes once over the packed words. For each code the bits of its activation have their
+# sign flipped where the code is negative, and are replaced by 0 where it is zero: no multiplication.
 C_SOURCE = """
 #include <stdint.h>
-#include <string.h>
 
-void ternary_sums(const uint32_t *x, const uint8_t *packed, float *y, long out, long K) {
+static inline float as_float(uint32_t bits) {
+    union { uint32_t bits; float value; } both = {bits};
+    return both.value;
+}
+
+static inline float term(uint32_t word, int j, uint32_t x) {     /* x, -x or 0 for code j */
+    uint32_t code = word << (30 - 2 * j) & 0xC0000000;           /* at the top: negative, not zero */
+    uint32_t bits = x ^ (code & 0x80000000);
+    return as_float(code ? bits : 0);
+}
+
+void ternary_sums(const uint32_t *x, const uint32_t *packed, float *y, long out, long U) {
     #pragma omp parallel for
     for (long r = 0; r < out; r++) {
-        float sum = 0;
-        #pragma omp simd reduction(+:sum)
-        for (long i = 0; i < K; i++)
-            for (int j = 0; j < 4; j++) {                /* code i of quarter j */
-                uint32_t code = packed[r * K + i] >> 2 * j, bits = x[j * K + i];
-                bits ^= code << 30 & 0x80000000;         /* the high bit of the code: flip the sign */
-                bits &= -(code & 1);                     /* the low bit: keep, or clear */
-                float term;
-                memcpy(&term, &bits, 4);
-                sum += term;
+        float even = 0, odd = 0;                                 /* two chains of additions */
+        #pragma omp simd reduction(+:even, odd)
+        for (long i = 0; i < U; i++)
+            #pragma GCC unroll 8
+            for (int j = 0; j < 16; j += 2) {
+                even += term(packed[r * U + i], j, x[j * U + i]);
+                odd += term(packed[r * U + i], j + 1, x[(j + 1) * U + i]);
             }
-        y[r] = sum;
+        y[r] = even + odd;
     }
 }
 
@@ -1095,11 +1115,9 @@ void half_product(const float *x, const uint16_t *w, float *y, long out, long in
     for (long r = 0; r < out; r++) {
         float sum = 0;
         #pragma omp simd reduction(+:sum)
-        for (long i = 0; i < in; i++) {                  /* float16 to float, up to a factor 2^112 */
-            uint32_t bits = (w[r * in + i] & 0x8000) << 16 | (w[r * in + i] & 0x7fff) << 13;
-            float value;
-            memcpy(&value, &bits, 4);
-            sum += value * 0x1p112f * x[i];
+        for (long i = 0; i < in; i++) {      /* a half's bits at a float's places: times 2^-112 */
+            uint32_t half = w[r * in + i], bits = (half & 0x8000) << 16 | (half & 0x7fff) << 13;
+            sum += as_float(bits) * 0x1p112f * x[i];
         }
         y[r] = sum;
     }
@@ -1110,11 +1128,12 @@ void half_product(const float *x, const uint16_t *w, float *y, long out, long in
 @cache
 def c_library():
     """C_SOURCE, compiled for this processor once and kept in a cache folder; None, and one line on
-    stderr, where that fails. Linked without OpenMP's library: torch has loaded its own by then."""
+    stderr, where that fails. It shares the threads of OpenMP with torch."""
     compiler = os.environ.get("CC", "cc")
-    flags = "-O3 -march=native -fno-math-errno -fno-trapping-math -fopenmp -fPIC".split()
+    flags = "-O3 -march=native -fopenmp -fPIC -shared -fno-math-errno -fno-trapping-math"
+    flags = [*flags.split(), "-fno-signed-zeros", "-fassociative-math", "-x", "c"]
     try:
-        ask = [compiler, *flags, "-E", "-v", "-x", "c", os.devnull]
+        ask = [compiler, *flags, "-E", "-v", os.devnull]
         machine = subprocess.run(ask, capture_output=True, check=True).stderr  # compiler, processor
         key = hashlib.sha256(C_SOURCE.encode() + machine).hexdigest()[:16]
         folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tsld"
@@ -1124,10 +1143,8 @@ def c_library():
             folder.mkdir(parents=True, exist_ok=True)
         writable = os.access(folder, os.W_OK)
         with tempfile.TemporaryDirectory(dir=folder if writable else None) as work:
-            make = [compiler, *flags, "-c", "-x", "c", "-", "-o", f"{work}/tsld.o"]
+            make = [compiler, *flags, "-", "-o", f"{work}/tsld.so"]
             subprocess.run(make, input=C_SOURCE.encode(), capture_output=True, check=True)
-            link = [compiler, "-shared", f"{work}/tsld.o", "-o", f"{work}/tsld.so"]
-            subprocess.run(link, capture_output=True, check=True)
             library = ctypes.CDLL(f"{work}/tsld.so")
             if writable:
                 os.replace(f"{work}/tsld.so", folder / f"{key}.so")
