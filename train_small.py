@@ -614,11 +614,24 @@ def load_theirs(args):
     except (OSError, ValueError) as error:
         raise UserError(f"--model {name}: {str(error).strip().splitlines()[0]}")
     model.config.use_cache = False  # of keys and values, which training has no use for
+    if logits_are_hidden_times_head(model):  # then lean_loss can train it
+        type(model).hidden = lambda self, ids: self.base_model(ids)[0]
     model.generation_config.do_sample = True
     positions = getattr(model.config, "max_position_embeddings", GPT2.gpt.block_size)
     gpt = replace(GPT2.gpt, block_size=min(positions, GPT2.gpt.block_size))
     theirs = TheirTokenizer(name, tokenizer)
     return Source(name, model, theirs, replace(GPT2, gpt=gpt), "pretrained")
+
+
+@torch.no_grad()
+def logits_are_hidden_times_head(model):
+    """Are they hidden @ head.T and nothing more? Two tokens show it. In several processes a model
+    computes as a whole only."""
+    if processes()[1] > 1 or not hasattr(model, "lm_head"):
+        return False
+    ids = torch.zeros(1, 2, dtype=torch.long)
+    product = model.base_model(ids)[0] @ model.lm_head.weight.t()
+    return torch.allclose(model.eval()(ids).logits, product, rtol=1e-5, atol=1e-5)
 
 
 def choose_device(name):

@@ -44,31 +44,22 @@ The whole method, from a teacher to a packed student (run it in a folder of your
 The student starts as a copy of its teacher: the trained weights are the best guess at hand, and all
 that is left to learn is how to live with the rounding.
 
-Contents, in reading order:
-
-    1. Losses                  three numbers per token, and five ways to weigh them
-    2. Quantizers              weights to codes and a scale, with a gradient all the same
-    3. GPT                     GPT-2, and text from it
-    4. Training                batch, schedule, step, evaluation
-    5. Packing                 codes to 2 bits each, the product that reads them, the file
-    6. The same at less cost   a loss without (B, T, V) logits, the product in C: skip it freely
+Contents: 1. Losses. 2. Quantizers. 3. GPT. 4. Training. 5. Packing. 6. The same at less cost: a
+loss without (B, T, V) logits, the product in C; skipping it loses nothing of the method.
 
 Losses are in nats unless a name says bits. Tensors keep their device and dtype unless a docstring
 says otherwise. Bad arguments raise ValueError, a file that is not what it should be raises
 CheckpointError, a training run that blows up TrainingDiverged; each message names the cause."""
 
 import ctypes
-import ctypes
 import hashlib
 import json
 import math
 import os
-import re
 import subprocess
 import sys
 import tempfile
 from collections import OrderedDict
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -76,8 +67,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import distributed as dist
-from torch import nn
+from torch import distributed as dist, nn
 from torch.nn import functional as F
 
 
@@ -92,19 +82,16 @@ class TrainingDiverged(ArithmeticError):
 # --------------------------------------------------------------------------------------------------
 # 1. Losses
 #
-# Rounding errors add up. Attention at position n mixes the errors of all positions up to n, and each
-# block hands its errors on to the next. The logits stand at the end of that chain. A loss on them
-# sees the accumulated error; a loss on each layer by itself does not.
-#
-# Every loss weighs the same three numbers per token, each (B, T), in nats. They are computed once,
-# and each published loss is a line or two on top of them.
+# Rounding errors add up. Attention at position n mixes the errors of all positions up to n, and
+# each block hands its errors on to the next. The logits stand at the end of that chain. A loss on
+# them sees the accumulated error; a loss on each layer by itself does not. Every loss here weighs
+# the same three numbers per token, each (B, T), in nats.
 
 LOSSES = ("gt", "logit", "l2l", "logit_gt", "tsld")
 
 
 class Terms(NamedTuple):
     """The per-token terms of every loss, float32 whatever the logits were."""
-
     ce_student: torch.Tensor  # (B, T)  -log P^S[y]: the ground-truth loss
     ce_teacher: torch.Tensor  # (B, T)  -log P^T[y]: how unsure the teacher is of the true token
     kd: torch.Tensor  # (B, T)  -Σ_i P^T_i log P^S_i: the distillation loss
@@ -113,15 +100,11 @@ class Terms(NamedTuple):
 
 def per_token_terms(student_logits, teacher_logits, targets):
     """Terms from logits (B, T, V) of any float dtype, or from objects with .logits; targets: int64
-    (B, T). No gradient flows into the teacher.
-
-    kd is a cross-entropy. It differs from the divergence KL(P^T ‖ P^S) by the teacher's entropy,
-    which no weight of the student changes: the gradients are the same.
-    """
-    student_logits = getattr(student_logits, "logits", student_logits)
-    teacher_logits = getattr(teacher_logits, "logits", teacher_logits).detach()
-    log_p_student = F.log_softmax(student_logits.float(), dim=-1)  # (B, T, V)
-    log_p_teacher = F.log_softmax(teacher_logits.float(), dim=-1)
+    (B, T). No gradient flows into the teacher. kd is a cross-entropy. It differs from KL(P^T ‖ P^S)
+    by the teacher's entropy, which no student changes, so both have the same gradient."""
+    logits = (getattr(z, "logits", z).float() for z in (student_logits, teacher_logits))
+    log_p_student, log_p_teacher = (z.log_softmax(-1) for z in logits)  # each (B, T, V)
+    log_p_teacher = log_p_teacher.detach()
     true = targets[..., None]  # (B, T, 1)
     ce_student = -log_p_student.gather(-1, true).squeeze(-1)
     ce_teacher = -log_p_teacher.gather(-1, true).squeeze(-1)
@@ -130,30 +113,26 @@ def per_token_terms(student_logits, teacher_logits, targets):
 
 
 def token_scale(ce_teacher, temperature=10.0):
-    """softmax_n(ce_teacher / τ): how much each token of a sequence counts.
-
-    The softmax runs over the N tokens of one sequence, not over the vocabulary and not over the
-    batch. ce_teacher: (B, T) in nats -> (B, T), rows sum to 1, a constant to the gradient.
-    temperature: at 1 the weights are proportional to 1 / P^T[y_n]; at math.inf all are 1/N, which is
-    plain logit distillation. ValueError: not above 0.
-    """
+    """softmax_n(ce_teacher / τ): how much each token of a sequence counts. It runs over the N
+    tokens of one sequence, not over the vocabulary and not over the batch.
+    ce_teacher: (B, T) in nats -> (B, T), rows sum to 1, a constant to the gradient. At τ = 1 the
+    weights are proportional to 1 / P^T[y_n]; at math.inf all are 1/N, which is plain logit
+    distillation. ValueError: a temperature not above 0."""
     if not temperature > 0:
         raise ValueError(f"the token scale's temperature must be above 0, not {temperature}")
     return (ce_teacher.detach() / temperature).softmax(dim=1)
 
 
 def tsld_loss(terms, temperature=10.0, gt_weight=0.0):
-    """TSLD, a scalar: the mean over B sequences of Σ_n w_n · kd_n (+ gt_weight · mean ce_student), with
-    w = token_scale(ce_teacher).
+    """TSLD, a scalar: with w = token_scale(ce_teacher), the mean over the B sequences of Σ_n w_n ·
+    kd_n (+ gt_weight · mean of ce_student).
 
-    Its gradient for the student's logits at token n is w_n (P^S_n - P^T_n) / B: the scale changes how
-    hard a token pulls, not where to. Where the teacher is sure of the true token, P^T_n is nearly the
-    one-hot label. Distillation and ground truth say the same there, their gradients add up, and the
-    student learns the text by heart. TSLD makes exactly these tokens count less.
-
-    The authors' program sums over a batch of 4 and adds the ground-truth loss: up to a factor that is
-    gt_weight = 0.25. The printed formula has neither sum nor label, and is the default.
-    """
+    Its gradient for the student's logits at token n is w_n (P^S_n - P^T_n) / B: the scale says how
+    hard a token pulls, not where to. Where the teacher is sure of the true token, P^T_n is nearly
+    the one-hot label. Distillation and ground truth say the same there, their gradients add up, and
+    the student learns the text by heart. TSLD makes exactly these tokens count less.
+    The authors' program sums over a batch of 4 and adds the ground-truth loss: up to a factor that
+    is gt_weight = 0.25. The printed formula has neither sum nor label, and is the default."""
     w = token_scale(terms.ce_teacher, temperature)  # (B, T)
     loss = (w * terms.kd).sum(1).mean()
     return loss + gt_weight * terms.ce_student.mean() if gt_weight else loss
@@ -161,7 +140,6 @@ def tsld_loss(terms, temperature=10.0, gt_weight=0.0):
 
 class Trace(NamedTuple):
     """What layer-to-layer distillation compares, besides the logits."""
-
     logits: torch.Tensor  # (B, T, V)
     hidden_states: list  # n_layer + 1 of (B, T, C): the embedding, then each block; before ln_f
     attention_scores: list  # n_layer of (B, H, T, T): q·k/√d, before mask and softmax
@@ -172,39 +150,29 @@ def layer_to_layer_loss(student_trace, teacher_trace):
 
         Σ_layers MSE(hidden states) + Σ_layers MSE(attention scores at and before each position)
 
-    The mask hides the future from the model, so the scores count over the T(T+1)/2 positions on and
-    below the diagonal alone. No gradient flows into the teacher. A transformers model gives
-    .attentions, probabilities, in place of the scores; ValueError: it gives none.
-    """
-    states = zip(student_trace.hidden_states, teacher_trace.hidden_states, strict=True)
-    pairs = [*states]  # each (B, T, C)
-    for student, teacher in zip(_scores(student_trace), _scores(teacher_trace), strict=True):
+    The mask hides the future from the model, so T(T+1)/2 scores of a head count, on and below the
+    diagonal. No gradient flows into the teacher. A transformers model has .attentions,
+    probabilities, in place of the scores; ValueError: it has none."""
+    traces = student_trace, teacher_trace
+    scores = [getattr(t, "attention_scores", None) or t.attentions for t in traces]
+    if not all(of_layers and of_layers[0] is not None for of_layers in scores):
+        raise ValueError("L2L needs attentions: load the model with attn_implementation='eager'")
+    pairs = [*zip(*(t.hidden_states for t in traces), strict=True)]  # each (B, T, C)
+    for student, teacher in zip(*scores, strict=True):
         seen = torch.ones_like(student[0, 0], dtype=torch.bool).tril()  # (T, T)
         pairs.append((student[..., seen], teacher[..., seen]))  # each (B, H, T(T+1)/2)
     return sum(F.mse_loss(student.float(), teacher.detach().float()) for student, teacher in pairs)
 
 
-def _scores(trace):
-    scores = trace.attention_scores if isinstance(trace, Trace) else trace.attentions
-    if not scores or scores[0] is None:
-        raise ValueError("L2L needs attentions: load the model with attn_implementation='eager'")
-    return scores
-
-
 def distillation_loss(name, terms, temperature=10.0, gt_weight=0.0):
     """One of LOSSES, a row of the paper's table 1, as a float32 scalar. temperature and gt_weight
     matter to "tsld" alone. ValueError: an unknown name."""
-    if name == "gt":  # ground truth alone
-        return terms.ce_student.mean()
-    if name == "logit":
-        return terms.kd.mean()
-    if name == "l2l":  # L2L+logit
-        return terms.kd.mean() + terms.layers
-    if name == "logit_gt":
-        return terms.kd.mean() + terms.ce_student.mean()
+    if name not in LOSSES:
+        raise ValueError(f"loss must be one of {', '.join(LOSSES)}, not {name!r}")
     if name == "tsld":
         return tsld_loss(terms, temperature, gt_weight)
-    raise ValueError(f"loss must be one of {', '.join(LOSSES)}, not {name!r}")
+    gt, kd = terms.ce_student.mean(), terms.kd.mean()
+    return {"gt": gt, "logit": kd, "l2l": kd + terms.layers, "logit_gt": kd + gt}[name]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -225,12 +193,10 @@ def ternarize(weight, granularity="tensor"):
     """The ternary quantizer, w ≈ α · codes: the 2-bit (W2) rows of the paper's table 1.
 
         Δ = 0.7 · mean|w|   codes = +1 where w > Δ, -1 where w < -Δ, else 0
-        α = mean of |w| where |w| > Δ
-
+        α = mean of |w| where |w| > Δ       (Li et al., "Ternary Weight Networks", 2016)
     weight: (out, in), any float dtype. Returns codes, int8 (out, in) in {-1, 0, +1}, and scale,
     float32, (1, 1) for "tensor" or (out, 1) for "channel". A group of zeros gets scale 0.
-    Source of Δ and α: Li et al., "Ternary Weight Networks", 2016. ValueError: another granularity.
-    """
+    ValueError: another granularity."""
     group = _group(granularity)
     w = weight.detach().float()
     threshold = 0.7 * w.abs().mean(group, keepdim=True)
@@ -247,12 +213,9 @@ def quantize_int4(weight, granularity="tensor"):
         low = min(w, 0)   high = max(w, 0)   scale = (high - low) / 15
         zero_point = round(-low / scale)     codes = round(w / scale) + zero_point, in 0..15
 
-    The range includes 0, so that 0 stays exactly 0 and weights all of one sign are not clipped.
-
-    weight: (out, in), any float dtype. Returns codes, uint8 (out, in); scale, float32, and
-    zero_point, int32, both (1, 1) for "tensor" or (out, 1) for "channel". A group of zeros gets
-    scale 0. ValueError: another granularity.
-    """
+    The range includes 0, so 0 stays exactly 0 and weights all of one sign are not clipped.
+    weight: (out, in), any float dtype. Returns codes, uint8 (out, in), and float32 scale and int32
+    zero_point as in ternarize. ValueError: another granularity."""
     group = _group(granularity)
     w = weight.detach().float()
     low = w.amin(group, keepdim=True).clamp(max=0)
@@ -267,7 +230,6 @@ def quantize_int4(weight, granularity="tensor"):
 class _StraightThrough(torch.autograd.Function):
     """Rounding has gradient 0 almost everywhere and would stop all learning. So the backward pass
     leaves it out: forward w → ŵ, backward ∂L/∂w := ∂L/∂ŵ (the straight-through estimator)."""
-
     @staticmethod
     def forward(ctx, weight, quantized):
         return quantized
@@ -278,22 +240,17 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def fake_quantize(weight, bits=2, granularity="tensor"):
-    """The weight after quantizing and back, (out, in) in its own dtype: forward exactly the value that
-    the codes stand for, backward the identity. ValueError: bits other than 2 (ternary) and 4."""
+    """The weight after quantizing and back, (out, in) in its own dtype: forward exactly what the
+    codes stand for, backward the identity. ValueError: bits other than 2 (ternary) and 4."""
     if bits not in (2, 4):
         raise ValueError(f"bits must be 2 or 4, not {bits!r}")
-    if bits == 2:
-        codes, scale = ternarize(weight, granularity)
-        quantized = scale * codes
-    else:
-        codes, scale, zero_point = quantize_int4(weight, granularity)
-        quantized = scale * (codes - zero_point)
+    codes, scale, *zero_point = (ternarize if bits == 2 else quantize_int4)(weight, granularity)
+    quantized = scale * (codes - zero_point[0] if zero_point else codes)
     return _StraightThrough.apply(weight, quantized.to(weight.dtype))
 
 
 class QuantLinear(nn.Linear):
     """A linear layer that trains its full-precision weight and computes with the quantized one."""
-
     def __init__(self, in_features, out_features, bias=True, bits=2, granularity="tensor"):
         super().__init__(in_features, out_features, bias=bias)
         self.bits, self.granularity = bits, granularity
@@ -305,24 +262,17 @@ class QuantLinear(nn.Linear):
     def forward(self, x):  # (..., in) -> (..., out)
         return F.linear(x, self.dequantized(), self.bias)
 
-    def extra_repr(self):
-        return f"{super().extra_repr()}, bits={self.bits}, granularity={self.granularity!r}"
-
 
 def quantize_model(model, bits=2, granularity="tensor"):
     """Replaces every nn.Linear (and transformers' Conv1D) of any torch module by a QuantLinear, in
     place, and returns the same model. Embeddings, norms and the output head stay in full precision,
-    as in the paper. The new layers hold the very parameters of the old ones; only a Conv1D's weight
-    is copied, transposed. ValueError: other bits or granularity, or no layer to quantize.
-    """
+    as in the paper. The new layers hold the parameters of the old ones; only a Conv1D's weight is
+    copied, transposed. ValueError: other bits or granularity, or no layer to quantize."""
     fake_quantize(torch.zeros(1, 1), bits, granularity)  # refuses bad arguments before any change
     heads = _output_heads(model)
-    layers = {
-        name: module
-        for name, module in model.named_modules(remove_duplicate=False)  # a shared layer: twice
-        if (isinstance(module, nn.Linear) or _is_conv1d(module))
-        and not any(module is head for head in heads)
-    }
+    every = model.named_modules(remove_duplicate=False)  # a layer that is used twice has two names
+    layers = {n: m for n, m in every if isinstance(m, nn.Linear) or _is_conv1d(m)}
+    layers = {n: m for n, m in layers.items() if not any(m is head for head in heads)}
     if not layers:
         raise ValueError(f"{type(model).__name__} has no linear layer to quantize")
     for name, old in layers.items():
@@ -345,38 +295,34 @@ def _output_heads(model):
     """What makes the logits: as the model says, else what is tied to an embedding or named so."""
     if hasattr(model, "get_output_embeddings"):
         return [model.get_output_embeddings()]
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    return [
-        module
-        for name, module in model.named_modules(remove_duplicate=False)
-        if name.split(".")[-1] in ("lm_head", "head")
-        or id(getattr(module, "weight", None)) in embeddings
-    ]
+    tied = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    every = model.named_modules(remove_duplicate=False)
+    named = [m for name, m in every if name.split(".")[-1] in ("lm_head", "head")]
+    return named + [m for m in model.modules() if id(getattr(m, "weight", None)) in tied]
 
 
 # --------------------------------------------------------------------------------------------------
 # 3. GPT
 #
-# GPT-2 (Radford et al., 2019): learned positions, layer norm before each sublayer, biases everywhere,
-# GELU in its tanh approximation, output head tied to the token embedding. Parameters have the names
-# and shapes of the published weights (which hold c_attn, c_proj and c_fc transposed).
+# GPT-2 (Radford et al., 2019): learned positions, layer norm before each sublayer, biases
+# everywhere, GELU in its tanh approximation, output head tied to the token embedding. Parameters
+# have the names and shapes of the published weights (where c_attn, c_proj, c_fc are transposed).
 
 
 def load_tensors(path):
     """What torch.save wrote, on the CPU. CheckpointError: damaged, or more than plain values, which
-    could run code. Nothing in the file is run."""
+    could run code; none of it is run."""
     with open(path, "rb") as file:
         try:
             return torch.load(file, map_location="cpu", weights_only=True)
         except Exception:  # a damaged or crafted file can make torch trip over anything
-            problem = "is truncated or holds more than plain values, and is not loaded"
-            raise CheckpointError(f"{path} {problem}") from None
+            what = "is truncated or holds more than plain values, and is not loaded"
+    raise CheckpointError(f"{path} {what}")
 
 
 @dataclass
 class GPTConfig:
     """Shape of a GPT; the defaults are GPT-2 small's (124 million parameters)."""
-
     block_size: int = 1024  # longest sequence, in tokens
     vocab_size: int = 50257
     n_layer: int = 12
@@ -388,7 +334,6 @@ class GPTConfig:
 class Attention(nn.Module):
     """Causal multi-head self-attention: position n sees the positions up to n. So the quantization
     errors of early tokens reach every later one (the paper's cumulative quantization error)."""
-
     def __init__(self, config):
         super().__init__()
         self.n_head, self.dropout = config.n_head, config.dropout
@@ -396,11 +341,9 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x, cache=None, start=0, trace=False):
-        """x: (B, T, C) -> (B, T, C), and the scores (B, H, T, T) if `trace` asks for them.
-
-        cache: keys and values, each (B, H, S, C / H), filled in before position `start`; those of x
-        are written from there on. A T above 1 needs start = 0.
-        """
+        """x: (B, T, C) -> (B, T, C), and the scores (B, H, T, T) if `trace` asks for them. cache:
+        keys and values, each (B, H, S, C / H), filled in before position `start`; those of x are
+        written from there on. A T above 1 needs start = 0."""
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, C / H)
@@ -424,14 +367,12 @@ class Attention(nn.Module):
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + MLP(norm(x)). Takes and returns what Attention does."""
-
     def __init__(self, config):
         super().__init__()
-        C = config.n_embd
+        C, dropout = config.n_embd, nn.Dropout(config.dropout)
         self.ln_1, self.attn = nn.LayerNorm(C), Attention(config)
         mlp = {"c_fc": nn.Linear(C, 4 * C), "gelu": nn.GELU("tanh"), "c_proj": nn.Linear(4 * C, C)}
-        mlp["dropout"] = nn.Dropout(config.dropout)
-        self.ln_2, self.mlp = nn.LayerNorm(C), nn.Sequential(OrderedDict(mlp))
+        self.ln_2, self.mlp = nn.LayerNorm(C), nn.Sequential(OrderedDict(mlp, dropout=dropout))
 
     def forward(self, x, cache=None, start=0, trace=False):
         y, scores = self.attn(self.ln_1(x), cache, start, trace)
@@ -440,11 +381,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2. `model(ids)` gives logits (B, T, V), `model(ids, trace=True)` a Trace.
-
-    ids: int64 (B, T), T ≤ block_size, else ValueError.
-    """
-
+    """GPT-2. model(ids) gives logits (B, T, V), model(ids, trace=True) a Trace; ids: int64 (B, T)."""
     def __init__(self, config):
         super().__init__()
         if config.n_head < 1 or config.n_embd % config.n_head:
@@ -460,22 +397,20 @@ class GPT(nn.Module):
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
             elif "ln_" not in name:
-                residual = name.endswith("c_proj.weight")  # 2 per block add up on the residual path
-                std = 0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02
-                nn.init.normal_(parameter, std=std)
+                adds_up = 2 * config.n_layer if name.endswith("c_proj.weight") else 1  # residuals
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(adds_up))
 
     def embed(self, ids, start=0):
-        """ids (B, T) at positions from `start` on -> (B, T, C), what the first block reads."""
-        T = ids.shape[1]
-        if start + T > self.config.block_size:
-            raise ValueError(f"{start + T} tokens do not fit block_size {self.config.block_size}")
+        """ids (B, T) at positions from `start` on -> (B, T, C). ValueError: beyond block_size."""
+        end = start + ids.shape[1]
+        if end > self.config.block_size:
+            raise ValueError(f"{end} tokens do not fit block_size {self.config.block_size}")
         dtype = self.ln_f.weight.dtype  # a loaded model's embeddings are float16, and only they
-        x = self.wte(ids).to(dtype) + self.wpe.weight[start : start + T].to(dtype)
+        x = self.wte(ids).to(dtype) + self.wpe.weight[start:end].to(dtype)
         return F.dropout(x, self.config.dropout, self.training)
 
     def hidden(self, ids, cache=None, start=0):
-        """ids (B, T) -> (B, T, C) after the final norm: the logits are hidden @ head.T.
-        cache: n_layer pairs, and start: as in Attention."""
+        """ids (B, T) -> (B, T, C) after the final norm: logits = hidden @ head.T."""
         x = self.embed(ids, start)
         for layer, block in enumerate(self.h):
             x, _ = block(x, None if cache is None else cache[layer], start)
@@ -493,56 +428,51 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, ids, max_new_tokens, temperature=1.0, top_k=None, on_token=None):
-        """Continues each row of ids, int64 (B, T), by samples from softmax(logits / temperature), among
-        the `top_k` likeliest tokens where given; temperature 0 takes the likeliest. Returns
-        (B, T + max_new_tokens), the prompt in front; leaves the model in the mode it found.
-
-        on_token: called with each new column, (B, 1), as it comes.
-        ValueError: an empty prompt, T + max_new_tokens > block_size, or a setting out of range.
-        """
+        """Continues each row of ids, int64 (B, T), by samples from softmax(logits / temperature),
+        of the `top_k` likeliest tokens where given; temperature 0 takes the likeliest. Returns all,
+        (B, T + max_new_tokens). Leaves the model in the mode it found. on_token: is called with
+        each new column, (B, 1), as it comes. ValueError: an empty prompt, more than block_size
+        tokens, or a setting out of range."""
         (B, T), config, was_training = ids.shape, self.config, self.training
         if T == 0 or T + max_new_tokens > config.block_size:
             asked = f"a prompt of {T} tokens and {max_new_tokens} new ones"
-            raise ValueError(f"{asked} are not from 1 to block_size {config.block_size} tokens")
+            raise ValueError(f"{asked}: it takes 1, and at most block_size {config.block_size}")
         if temperature < 0 or top_k is not None and top_k < 1:
             raise ValueError(f"temperature {temperature} is below 0, or top_k {top_k} below 1")
-        shape = (B, config.n_head, T + max_new_tokens, config.n_embd // config.n_head)
-        cache = [self.ln_f.weight.new_zeros(2, *shape) for _ in self.h]  # keys and values
+        shape = (2, B, config.n_head, T + max_new_tokens, config.n_embd // config.n_head)
+        cache = [self.ln_f.weight.new_zeros(shape) for _ in self.h]  # keys and values
         self.eval()
-        columns, new, start = [ids], ids, 0
+        columns, start = [ids], 0
         for _ in range(max_new_tokens):
-            logits = self.lm_head(self.hidden(new, cache, start)[:, -1]).float()  # (B, V)
-            start += new.shape[1]
+            logits = self.lm_head(self.hidden(columns[-1], cache, start)[:, -1]).float()  # (B, V)
+            start += columns[-1].shape[1]
+            if top_k is not None:
+                least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
+                logits = logits.masked_fill(logits < least, -math.inf)
             if temperature == 0:
-                new = logits.argmax(-1, keepdim=True)  # (B, 1)
+                columns.append(logits.argmax(-1, keepdim=True))  # (B, 1)
             else:
-                if top_k is not None:
-                    least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
-                    logits = logits.masked_fill(logits < least, -math.inf)
-                new = torch.multinomial((logits / temperature).softmax(-1), 1)
-            columns.append(new)
+                columns.append(torch.multinomial((logits / temperature).softmax(-1), 1))
             if on_token is not None:
-                on_token(new)
+                on_token(columns[-1])
         self.train(was_training)
         return torch.cat(columns, dim=1)
 
     @classmethod
     def from_pretrained(cls, path):
-        """Weights in GPT-2's published format, float32, in eval mode. path: a pytorch_model.bin, or a
-        folder with one. n_head is that of a config.json beside it, else n_embd / 64, as in all four
-        published sizes. CheckpointError: truncated, of another model, or more than tensors."""
+        """Weights in GPT-2's published format, float32, in eval mode. path: a pytorch_model.bin, or
+        a folder with one. n_head is that of a config.json beside it, else n_embd / 64, as in all
+        four published sizes. CheckpointError: truncated, of another model, or more than tensors."""
         path = Path(path) / "pytorch_model.bin" if Path(path).is_dir() else Path(path)
-        content, config, tensors = load_tensors(path), path.with_name("config.json"), {}
+        content, config = load_tensors(path), path.with_name("config.json")
         try:
-            for name, tensor in content.items():
-                name = name.removeprefix("transformer.")
-                if not re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias", name):  # old files hold the mask
-                    linear = name.startswith("h.") and tensor.dim() == 2  # (in, out) in the file
-                    tensors[name] = (tensor.t() if linear else tensor).float().contiguous()
-            embedding, positions = tensors["wte.weight"], tensors["wpe.weight"]
+            content = {name.removeprefix("transformer."): t for name, t in content.items()}
+            masks = (".attn.bias", ".attn.masked_bias")  # which old files hold as well
+            tensors = {n: _flipped(n, t) for n, t in content.items() if not n.endswith(masks)}
+            embedding, block_size = tensors["wte.weight"], len(tensors["wpe.weight"])
             if not torch.equal(tensors.setdefault("lm_head.weight", embedding), embedding):
                 raise ValueError("lm_head.weight is not wte.weight")
-            (vocab_size, n_embd), block_size = embedding.shape, len(positions)
+            vocab_size, n_embd = embedding.shape
             n_layer = sum(name.endswith(".ln_1.weight") for name in tensors)
             n_head = json.loads(config.read_bytes())["n_head"] if config.exists() else n_embd // 64
             with torch.device("meta"):
@@ -556,24 +486,28 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def save_pretrained(self, folder):
-        """Writes pytorch_model.bin in GPT-2's published format, and config.json: what from_pretrained
-        and transformers read. All weights in float32, quantized and packed ones dequantized."""
+        """Writes pytorch_model.bin in GPT-2's published format, and config.json, as transformers
+        and from_pretrained read them: float32, quantized and packed weights dequantized."""
         tensors, config = {}, asdict(self.config)
         for name, module in self.named_modules():
-            weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+            parts = {part: getattr(module, part, None) for part in ("weight", "bias")}
             if hasattr(module, "dequantized"):
-                weight = module.dequantized()
-            if name.startswith("h.") and weight is not None and weight.dim() == 2:
-                weight = weight.t()  # (in, out)
-            name = name if name == "lm_head" else f"transformer.{name}"
-            parts = {f"{name}.weight": weight, f"{name}.bias": bias}
-            tensors |= {n: t.float().contiguous().cpu() for n, t in parts.items() if t is not None}
+                parts["weight"] = module.dequantized()
+            parts = {f"{name}.{part}": t for part, t in parts.items() if t is not None}
+            tensors |= {n: _flipped(n, t).cpu() for n, t in parts.items()}
+        tensors = {n if "lm_head" in n else f"transformer.{n}": t for n, t in tensors.items()}
         config |= {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
         config["n_positions"], dropout = config.pop("block_size"), config.pop("dropout")
         config |= {f"{part}_pdrop": dropout for part in ("attn", "embd", "resid")}
         Path(folder).mkdir(parents=True, exist_ok=True)
         torch.save(tensors, Path(folder) / "pytorch_model.bin")
         (Path(folder) / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+def _flipped(name, tensor):
+    """In float32; the blocks' matrices transposed, which the published format has as (in, out)."""
+    linear = name.startswith("h.") and tensor.dim() == 2
+    return (tensor.t() if linear else tensor).float().contiguous()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -583,7 +517,6 @@ class GPT(nn.Module):
 @dataclass
 class TrainConfig:
     """One training run. temperature and gt_weight matter to "tsld" alone."""
-
     loss: str = "tsld"
     temperature: float = 10.0  # τ of the token scale
     gt_weight: float = 0.0  # weight of the ground-truth loss added to TSLD
@@ -631,15 +564,15 @@ def make_optimizer(model, config):
 
 def training_loss(student, teacher, ids, targets, config, lean=False):
     """config.loss of one batch, ids and targets (B, T): both models forward, the terms, the loss.
-
-    The models are our GPTs, or causal language models of transformers. lean: take the loss from
-    lean_loss (room 6), where has_lean_loss allows it; the value is the same.
-    """
+    The models are our GPTs, or causal language models of transformers. lean: the same value from
+    lean_loss (room 6), for models with hidden(ids) and lm_head, and every loss but "l2l"."""
     setting = config.temperature, config.gt_weight
     if lean:
         with torch.no_grad():
-            known = (None, None) if config.loss == "gt" else hidden_and_head(teacher, ids)
-        return lean_loss(config.loss, *hidden_and_head(student, ids), *known, targets, *setting)
+            gt = config.loss == "gt"
+            known = (None, None) if gt else (teacher.hidden(ids), teacher.lm_head.weight)
+        ours = student.hidden(ids), student.lm_head.weight
+        return lean_loss(config.loss, *ours, *known, targets, *setting)
     ask = {}
     if config.loss == "l2l":
         ours = isinstance(student, GPT)
@@ -656,104 +589,88 @@ def training_loss(student, teacher, ids, targets, config, lean=False):
 def train(student, tokens, config, teacher=None, optimizer=None, start=0):
     """Trains `student` in place on random pieces of `tokens`, int64 (n,), on the CPU, and yields
     (step, loss) after each step: 1-based, in nats. The loss "gt" needs no teacher.
-
     student, teacher: GPTs, or causal language models of transformers, which need config.block_size.
-    optimizer, start: go on after `start` steps with the optimizer of then; the weights end as those
-        of a run without interruption.
-    Where several processes train together (torch.distributed), each takes its share of every batch.
+    optimizer, start: go on after `start` steps with the optimizer of then, to the weights of a run
+    without interruption. Several processes (torch.distributed) take their shares of every batch.
     ValueError, at the first step: something is missing, or does not fit. TrainingDiverged: a NaN or
-    infinite loss or gradient, before it reaches the weights.
-    """
+    infinite loss or gradient, before it reaches the weights."""
     device = next(student.parameters()).device
     block_size = config.block_size or getattr(student.config, "block_size", None)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if block_size is None or len(tokens) <= block_size:
-        raise ValueError(f"{len(tokens)} tokens have no piece of block_size {block_size} + 1 tokens")
+        raise ValueError(f"{len(tokens)} tokens, but it takes more than block_size {block_size}")
     if teacher is None and config.loss != "gt":
         raise ValueError(f"the loss {config.loss!r} needs a teacher")
     if config.batch_size % (world * config.accumulate):
         shares = f"{world} processes times {config.accumulate} parts"
         raise ValueError(f"a batch of {config.batch_size} sequences does not divide into {shares}")
     optimizer = optimizer or make_optimizer(student, config)
-    lean = has_lean_loss(student, config.loss)
+    lean = config.loss != "l2l" and hasattr(student, "hidden")
     if teacher is not None:
         teacher.eval()
     student.train()
-    try:
-        for step in range(start, config.steps):
-            rng = np.random.default_rng((config.seed, step))  # a resumed run draws the same
-            ids, targets = get_batch(tokens, config.batch_size, block_size, rng)
-            torch.manual_seed(rng.integers(2**62) + rank)  # of dropout
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, config)
-            loss, share = 0.0, slice(rank, None, world)
-            parts = (t[share].to(device).chunk(config.accumulate) for t in (ids, targets))
-            for part in zip(*parts):
-                with torch.autocast(device.type, torch.bfloat16, config.dtype == "bfloat16"):
-                    value = training_loss(student, teacher, *part, config, lean) / config.accumulate
-                value.backward()
-                loss += value.item()
-            if world > 1:
-                mean = torch.tensor(loss / world, dtype=torch.float64, device=device)
-                dist.all_reduce(mean)
-                loss = mean.item()
-            norm = nn.utils.clip_grad_norm_(student.parameters(), config.clip).item()
-            if not math.isfinite(loss + norm):
-                where = f"step {step + 1}, learning rate {learning_rate(step, config):.2e}"
-                raise TrainingDiverged(f"loss {loss}, gradient of norm {norm} at {where}")
-            optimizer.step()
-            optimizer.zero_grad()
-            yield step + 1, loss
-    finally:
-        student.eval()
+    for step in range(start, config.steps):
+        rng = np.random.default_rng((config.seed, step))  # a resumed run draws the same
+        ids, targets = get_batch(tokens, config.batch_size, block_size, rng)
+        torch.manual_seed(rng.integers(2**62) + rank)  # of dropout
+        lr, loss = learning_rate(step, config), 0.0
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        share = (t[rank::world].to(device).chunk(config.accumulate) for t in (ids, targets))
+        for part in zip(*share):
+            with torch.autocast(device.type, torch.bfloat16, config.dtype == "bfloat16"):
+                value = training_loss(student, teacher, *part, config, lean)
+            (value / config.accumulate).backward()
+            loss += value.item() / config.accumulate
+        if world > 1:
+            mean = torch.tensor(loss / world, dtype=torch.float64, device=device)
+            dist.all_reduce(mean)
+            loss = mean.item()
+        norm = nn.utils.clip_grad_norm_(student.parameters(), config.clip).item()
+        if not math.isfinite(loss + norm):
+            where = f"step {step + 1}, learning rate {lr:.2e}"
+            raise TrainingDiverged(f"loss {loss}, gradient of norm {norm} at {where}")
+        optimizer.step()
+        optimizer.zero_grad()
+        yield step + 1, loss
+    student.eval()
 
 
 @torch.no_grad()
 def evaluate(model, tokens, block_size):
     """Mean cross-entropy in nats per predicted token; the perplexity is exp(nats).
-
-    The text is cut into blocks that do not overlap, the last one shorter, so each token but the first
-    is predicted exactly once. Each block starts without context.
-    tokens: int64 (n,), n ≥ 2, else ValueError. model: gives logits (B, T, V) for ids (B, T), or an
-    object with .logits. Leaves the model in the mode it found.
-    """
+    The text is cut into blocks that do not overlap, each token but the first is predicted exactly
+    once, and each block starts without context. tokens: int64 (n,), n ≥ 2, else ValueError. model:
+    gives logits (B, T, V) for ids (B, T), or an object with .logits. Its mode is left as found."""
     if len(tokens) < 2:
         raise ValueError(f"evaluation needs at least 2 tokens, not {len(tokens)}")
-    device, was_training = next(model.parameters()).device, model.training
+    device, was_training, total = next(model.parameters()).device, model.training, 0.0
     model.eval()
-    whole = (len(tokens) - 1) // block_size * block_size  # tokens in whole blocks
-    rows = max(1, 2048 // block_size) * block_size  # tokens at a time: bounds the logits' memory
-    cuts = [*range(0, whole, rows), whole, len(tokens) - 1]
-    total = 0.0
-    for begin, end in zip(cuts, cuts[1:]):
-        if begin < end:
-            ids = tokens[begin:end].view(-1, min(block_size, end - begin)).to(device)
-            output, true = model(ids), tokens[begin + 1 : end + 1].to(device)
-            logits = getattr(output, "logits", output).float().flatten(0, 1)  # (n, V)
-            total += F.cross_entropy(logits, true, reduction="sum").item()
+    filling = (0, -(len(tokens) - 1) % block_size)  # of the last block; cross_entropy skips -100
+    inputs = F.pad(tokens[:-1], filling).view(-1, block_size)
+    targets = F.pad(tokens[1:], filling, value=-100).view(-1, block_size)
+    rows = max(1, 2048 // block_size)  # blocks at a time: bounds the logits' memory
+    for ids, true in zip(inputs.split(rows), targets.split(rows)):
+        output = model(ids.to(device))
+        logits = getattr(output, "logits", output).float().flatten(0, 1)  # (B T, V)
+        total += F.cross_entropy(logits, true.flatten().to(device), reduction="sum").item()
     model.train(was_training)
     return total / (len(tokens) - 1)
 
 
 def bits_per_byte(nats_per_token, tokens, bytes):
-    """nats_per_token · tokens / ln 2 / bytes, of a text of so many predicted tokens and bytes. Models of
-    different tokenizers compare by it, and not by perplexity per token."""
+    """nats_per_token · tokens / ln 2 / bytes: compares across tokenizers, as perplexity does not."""
     return nats_per_token * tokens / math.log(2) / bytes
 
 
 # --------------------------------------------------------------------------------------------------
 # 5. Packing
 #
-# The paper promises 16 times less memory than FP32 and a product without multiplications. A code takes
-# the two lowest bits of its two's complement, 0 = 00, +1 = 01, -1 = 11: the low bit says "not zero",
-# the high one "negative". A row of K = ceil(in / 4) bytes is cut into U units: of 4 bytes where K is a
-# multiple of 4, else of one. Code j of unit i, in bits 2j and 2j + 1, belongs to activation j · U + i.
-# So one shift of all units brings U codes into place, in the order of their activations.
-
-
-def _units(K):
-    """Bytes in a unit, and the number of units in a row of K bytes."""
-    return (4, K // 4) if K % 4 == 0 else (1, K)
+# The paper promises 16 times less memory than FP32 and a product without multiplications. A code
+# takes the two lowest bits of its two's complement, 0 = 00, +1 = 01, -1 = 11: the low bit says "not
+# zero", the high one "negative". A row of K = ceil(in / 4) bytes is cut into U units: of 4 bytes
+# where K is a multiple of 4, else of one. Code j of unit i, in bits 2j and 2j + 1, belongs to
+# activation j · U + i. One shift of all units then gives U codes in the order of their activations.
 
 
 def pack_ternary(codes):
@@ -765,60 +682,44 @@ def pack_ternary(codes):
         +1  0 -1       00 11 00 01                             49
          0 +1 +1       00 01 01 00                             20
         -1  0  0       00 00 00 11                              3
-
-    and ternary_matmul of x = (2, 3, 5) with it adds and subtracts:
-
-        y = α · ( 2 - 5,  3 + 5,  -2 ) = α · (-3, 8, -2)
-    """
+    and ternary_matmul of x = (2, 3, 5) adds up y = α · (2 - 5,  3 + 5,  -2) = α · (-3, 8, -2)."""
     (out, width), K = codes.shape, math.ceil(codes.shape[1] / 4)
-    size, U = _units(K)
-    bits = F.pad(codes & 3, (0, 4 * K - width)).to(torch.uint8).view(out, size, 4, U)
+    size = 4 if K % 4 == 0 else 1  # bytes in a unit
+    bits = F.pad(codes & 3, (0, 4 * K - width)).to(torch.uint8).view(out, size, 4, K // size)
     packed = sum(bits[:, :, j] << 2 * j for j in range(4))  # (out, size, U): byte b of unit i
     return packed.transpose(1, 2).reshape(out, K)
 
 
 def unpack_ternary(packed, in_features):
     """packed: uint8 (out, ceil(in / 4)) -> codes, int8 (out, in)."""
-    (out, K), (size, U) = packed.shape, _units(packed.shape[1])
-    packed = packed.reshape(out, U, size).transpose(1, 2)  # (out, size, U)
+    out, K = packed.shape
+    packed = packed.reshape(out, -1, 4 if K % 4 == 0 else 1).transpose(1, 2)  # (out, size, U)
     codes = [(packed << 6 - 2 * j).view(torch.int8) >> 6 for j in range(4)]  # >> keeps the sign
     return torch.stack(codes, dim=2).reshape(out, 4 * K)[:, :in_features]
 
 
 def ternary_matmul(x, packed, scale):
     """x @ (scale · codes).T from the packed bytes; activations stay in floating point (W2A16).
-
     x: (..., in), any float dtype; packed: uint8 (out, ceil(in / 4)); scale: float32, (1, 1) or
     (out, 1). Returns (..., out) in x's dtype, accumulated in float32. ValueError: another width.
-
-    For one row of x, reading the weights dominates the time, and sums do. For many rows the dense
-    product of a few unpacked outputs at a time is faster, though it multiplies by -1, 0 and 1.
-    """
-    if packed.shape[1] != math.ceil(x.shape[-1] / 4):
-        raise ValueError(f"packed rows of {packed.shape[1]} bytes are not of {x.shape[-1]} inputs")
-    rows = x.reshape(-1, x.shape[-1]).float()  # (M, in)
-    if len(rows) != 1:
-        parts = (unpack_ternary(part, rows.shape[1]).float() for part in packed.split(1024))
-        y = torch.cat([rows @ part.t() for part in parts], dim=1)
-    elif packed.shape[1] % 4 == 0 and _use_c(x):
-        filled = F.pad(rows[0], (0, 4 * packed.shape[1] - rows.shape[1]))  # (4 K,)
-        y = _in_c("ternary_sums", filled, packed.contiguous().view(torch.int32))  # a unit each
+    For one row of x, reading the weights dominates the time: C (room 6) adds and subtracts. For
+    many rows, and where C is not to be had, the dense product of a few unpacked outputs at a time
+    is faster, though it multiplies by -1, 0 and 1."""
+    (out, K), width = packed.shape, x.shape[-1]
+    if K != math.ceil(width / 4):
+        raise ValueError(f"packed rows of {K} bytes are not of {width} inputs")
+    rows = x.reshape(-1, width).float()  # (M, in)
+    if len(rows) == 1 and K % 4 == 0 and _can_use_c(x):
+        words = packed.contiguous().view(torch.int32)  # the units, (out, U)
+        y = _in_c("ternary_sums", F.pad(rows[0], (0, 4 * K - width)), words)
     else:
-        y = ternary_sums(rows[0], packed)
-    return (y * scale.flatten()).to(x.dtype).view(*x.shape[:-1], len(packed))
-
-
-def ternary_sums(x, packed):
-    """The product without multiplications: for each output the sum of the x whose code is +1 minus
-    the sum of those whose code is -1. x: float32 (in,); packed: uint8 (out, K). Returns (out,)."""
-    parts = (unpack_ternary(part, len(x)) for part in packed.split(1024))
-    sums = (torch.where(c > 0, x, 0).sum(1) - torch.where(c < 0, x, 0).sum(1) for c in parts)
-    return torch.cat([*sums])
+        parts = (unpack_ternary(part, width).float() for part in packed.split(1024))
+        y = torch.cat([rows @ part.t() for part in parts], dim=1)
+    return (y * scale.flatten()).to(x.dtype).view(*x.shape[:-1], out)
 
 
 class PackedLinear(nn.Module):
     """A linear layer whose ternary weight is packed, 2 bits each. For inference only."""
-
     def __init__(self, in_features, packed, scale, bias=None):
         super().__init__()
         self.in_features = in_features
@@ -837,27 +738,23 @@ class PackedLinear(nn.Module):
 
 class HalfHead(nn.Module):
     """The output head of a loaded model: reads the float16 embedding, computes in float32."""
-
     def __init__(self, weight):
         super().__init__()
         self.weight = weight  # float16 (V, C)
 
     def forward(self, x):  # (..., C) -> (..., V) float32
         rows = x.reshape(-1, x.shape[-1]).float()
-        if len(rows) == 1 and _use_c(x):
+        if len(rows) == 1 and _can_use_c(x):
             return _in_c("half_product", rows[0], self.weight).view(*x.shape[:-1], -1)
         y = torch.cat([rows @ part.float().t() for part in self.weight.split(4096)], dim=1)
         return y.view(*x.shape[:-1], -1)
 
 
 def pack_model(model):
-    """Replaces every 2-bit QuantLinear by a PackedLinear, in place; 4-bit ones stay. Returns the model,
-    in eval mode, with nothing to train. ValueError: it has no 2-bit QuantLinear."""
-    layers = {
-        name: module
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, QuantLinear) and module.bits == 2
-    }
+    """Replaces every 2-bit QuantLinear by a PackedLinear, in place; 4-bit ones stay. Returns the
+    model, in eval mode, with nothing to train. ValueError: it has no 2-bit QuantLinear."""
+    every = model.named_modules(remove_duplicate=False)
+    layers = {n: m for n, m in every if isinstance(m, QuantLinear) and m.bits == 2}
     if not layers:
         raise ValueError("there is no 2-bit QuantLinear to pack: quantize_model makes them")
     for name, layer in layers.items():
@@ -872,8 +769,8 @@ PACKED_FORMAT = "tsld packed 2"  # 1 kept a code as code + 1
 
 def save_model(path, model):
     """Writes a packed model, whole or not at all: packed weights, float32 scales, biases and norms,
-    float16 embeddings and output head, a GPT's config, and a checksum over it all.
-    ValueError: nothing in the model is packed, or an embedding is beyond float16's range."""
+    float16 embeddings and output head, a GPT's config, and a checksum over it all. ValueError:
+    nothing in the model is packed, or an embedding is beyond float16's range."""
     layers = {n: m.in_features for n, m in model.named_modules() if isinstance(m, PackedLinear)}
     if not layers:
         raise ValueError("there is no PackedLinear to save: pack_model makes them")
@@ -885,8 +782,7 @@ def save_model(path, model):
         if id(tensor) in half and not torch.isfinite(tensors[name]).all():
             raise ValueError(f"{name} has values beyond float16's range")
     config = asdict(model.config) if isinstance(model, GPT) else None
-    content = {"format": PACKED_FORMAT, "config": config, "layers": layers, "tensors": tensors}
-    write_file(path, content)
+    write_file(path, dict(format=PACKED_FORMAT, config=config, layers=layers, tensors=tensors))
 
 
 def _own_tensors(model):
@@ -897,31 +793,27 @@ def _own_tensors(model):
 
 
 def load_model(path, into=None):
-    """Reads what save_model wrote; the model is in eval mode and has nothing to train.
-
-    into: the module to fill in place, full-precision or quantized, for models that are not our GPT.
-        Our GPT keeps its embeddings in float16; other models get them in the dtype they have.
-    CheckpointError: truncated, altered, foreign, or of a model with other layers.
-    """
+    """Reads what save_model wrote; the model is in eval mode and has nothing to train. into: the
+    module to fill in place, full-precision or quantized, for models that are not our GPT. Our GPT
+    keeps its embeddings in float16; other models get them in the dtype they have.
+    CheckpointError: truncated, altered, foreign, or of a model with other layers."""
     content = read_file(path)
-    form = content.get("format", "another") if isinstance(content, dict) else "another"
-    if form != PACKED_FORMAT:
+    if (form := content.get("format") if isinstance(content, dict) else None) != PACKED_FORMAT:
         raise CheckpointError(f"{path} is not a packed model: {form} is not {PACKED_FORMAT}")
     layers, tensors = content["layers"], content["tensors"]
     if into is None and content["config"] is None:
         raise CheckpointError(f"{path} is not of our GPT: it needs `into`, a model of its kind")
     with torch.device("meta"):
         model = GPT(GPTConfig(**content["config"])) if into is None else into
-    found, expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}, {}
     modules = dict(model.named_modules())
-    for name, tensor in _own_tensors(model).items():
-        layer, _, part = name.rpartition(".")
-        if layer in layers and part == "weight":
-            shape = tensor.shape[::-1] if _is_conv1d(modules[layer]) else tensor.shape  # (out, in)
-            expected[f"{layer}.packed"] = (shape[0], math.ceil(shape[1] / 4))
-            expected[f"{layer}.scale"] = found.get(f"{layer}.scale")  # depends on the granularity
-        else:
-            expected[name] = tuple(tensor.shape)
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in _own_tensors(model).items()}
+    for layer in layers:  # has its packed form in the file
+        out, *width = expected.pop(f"{layer}.weight", (0, 0))
+        if _is_conv1d(modules.get(layer)):
+            out, *width = *width, out
+        expected[f"{layer}.packed"] = (out, math.ceil(width[0] / 4))
+        expected[f"{layer}.scale"] = found.get(f"{layer}.scale")  # depends on the granularity
     for name in sorted(expected.keys() | found.keys()):
         if found.get(name) != expected.get(name):
             shapes = f"shape {found.get(name, 'missing')}, not {expected.get(name, 'missing')}"
@@ -937,8 +829,7 @@ def load_model(path, into=None):
 
 def write_file(path, content):
     """torch.save, then the SHA-256 of all of it; under a temporary name, then renamed."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = Path(f"{path}.tmp")
     with open(temporary, "w+b") as file:
         torch.save(content, file)
         file.seek(0)
@@ -959,9 +850,8 @@ def read_file(path):
 # --------------------------------------------------------------------------------------------------
 # 6. The same at less cost
 #
-# For GPT-2's vocabulary the logits are by far the largest tensors of a training step. lean_loss takes
-# a few rows of them at a time, and the loss's gradient while they are there.
-
+# For GPT-2's vocabulary the logits are by far the largest tensors of a training step. lean_loss
+# takes a few rows of them at a time, and the loss's gradient while they are there.
 SCRATCH_BYTES = 2**27  # the float32 logits of one model that are there at a time
 
 
@@ -970,29 +860,27 @@ def lean_loss(
     temperature=10.0, gt_weight=0.0,
 ):
     """distillation_loss(name, per_token_terms(...)) of logits = hidden @ head.T, a float32 scalar,
-    without the (B, T, V) logits. Every loss but "l2l", which looks between the layers.
-
-    hidden: (B, T, C), after the final norm; head: (V, C); targets: int64 (B, T). The teacher's may
-    be None for "gt"; no gradient flows into them. ValueError: another name, or no teacher.
-    """
+    without the (B, T, V) logits. Every loss but "l2l", which looks between the layers. hidden:
+    (B, T, C), after the final norm; head: (V, C); targets: int64 (B, T). The teacher's may be None
+    for "gt"; no gradient flows into them. ValueError: another name, or no teacher."""
     if name not in LOSSES or name == "l2l":
         raise ValueError(f"lean_loss takes {', '.join(LOSSES)} but l2l, not {name!r}")
     if teacher_hidden is None and name != "gt":
         raise ValueError(f"the loss {name!r} needs a teacher")
-    teacher = (None if x is None else x.detach() for x in (teacher_hidden, teacher_head))
-    setting = name, temperature, gt_weight
-    return _LeanLoss.apply(student_hidden, student_head, *teacher, targets, setting)
+    models = student_hidden, student_head, teacher_hidden, teacher_head
+    return _LeanLoss.apply(*models, targets, name, temperature, gt_weight)
 
 
 class _LeanLoss(torch.autograd.Function):
-    """N = B · T tokens; h (N, C) and w (V, C) are the student's hidden and head in the type that
-    products are taken in, H and W the teacher's."""
-
+    """N = B · T tokens. h (N, C) and w (V, C) are the student's hidden and head in the type that
+    products are taken in, H and W the teacher's. All losses have the form Σ_n a_n · kd_n +
+    b_n · ce_student_n. With logits z = h @ w.T their gradients are
+        ∂L/∂z_ni = a_n (P^S_ni - P^T_ni) + b_n (P^S_ni - y_ni)
+        ∂L/∂h = ∂L/∂z @ w        ∂L/∂w = ∂L/∂z.T @ h"""
     @staticmethod
-    def forward(ctx, hidden, head, teacher_hidden, teacher_head, targets, setting):
+    def forward(ctx, hidden, head, teacher_hidden, teacher_head, targets, name, *setting):
         (B, T), kind = targets.shape, hidden.device.type
-        autocast = torch.is_autocast_enabled(kind)
-        dtype = torch.get_autocast_dtype(kind) if autocast else head.dtype
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.dtype
         models = hidden, head, teacher_hidden, teacher_head
         h, w, H, W = (None if x is None else x.flatten(0, -2).to(dtype) for x in models)
         y = targets.reshape(-1, 1)  # (N, 1)
@@ -1002,23 +890,32 @@ class _LeanLoss(torch.autograd.Function):
         ce_student, ce_teacher, kd = torch.zeros(3, B * T, device=h.device)
         grad_h, grad_w = (torch.zeros_like(x, dtype=torch.float32) for x in (h, w))
         scratch = torch.empty(1 if H is None else 2, rows, len(w), device=h.device)
+
+        def log_probabilities(hidden, head, z, ce, piece):  # -> (R, V); the true tokens' into ce
+            z = z[: len(hidden[piece])]  # memory that is used again is faster than new memory
+            if dtype == torch.float32:
+                torch.mm(hidden[piece], head.t(), out=z)
+            else:
+                z.copy_(hidden[piece] @ head.t())
+            torch.log_softmax(z, dim=-1, out=z)
+            ce[piece] = -z.gather(1, y[piece])[:, 0]
+            return z
+
         with torch.autocast(kind, enabled=False):
             if H is not None and rows < T:  # a token's weight depends on its whole sequence
                 for piece in pieces:
-                    log_P = _log_probabilities(H[piece], W, scratch[1])
-                    ce_teacher[piece] = -log_P.gather(1, y[piece])[:, 0]
+                    log_probabilities(H, W, scratch[1], ce_teacher, piece)
             for piece in pieces:
-                log_p = _log_probabilities(h[piece], w, scratch[0])  # (R, V)
-                ce_student[piece] = -log_p.gather(1, y[piece])[:, 0]
+                log_p = log_probabilities(h, w, scratch[0], ce_student, piece)
                 if H is not None:
-                    log_P = _log_probabilities(H[piece], W, scratch[1])
-                    ce_teacher[piece] = -log_P.gather(1, y[piece])[:, 0]
-                    P = torch.softmax(log_P, dim=-1, out=log_P)  # exp, but faster on CPUs
+                    P = log_probabilities(H, W, scratch[1], ce_teacher, piece)
+                    P = torch.softmax(P, dim=-1, out=P)  # exp, but faster on CPUs
                     kd[piece] = -torch.einsum("ni,ni->n", P, log_p)
-                # With logits z = hidden @ head.T and the loss Σ_n a_n · kd_n + b_n · ce_student_n:
-                #   ∂L/∂z_ni = a_n (P^S_ni - P^T_ni) + b_n (P^S_ni - y_ni)
-                #   ∂L/∂hidden = ∂L/∂z @ head        ∂L/∂head = (∂L/∂z).T @ hidden
-                a, b = (x.view(-1, 1)[piece] for x in _weights(ce_teacher.view(B, T), *setting))
+                with torch.enable_grad():  # a = ∂L/∂kd and b = ∂L/∂ce_student, whatever these are
+                    x = torch.zeros(2, B, T, device=h.device, requires_grad=True)
+                    terms = Terms(x[1], ce_teacher.view(B, T), x[0])
+                    (ab,) = torch.autograd.grad(distillation_loss(name, terms, *setting), x)
+                a, b = ab.view(2, -1, 1)[:, piece]  # each (R, 1)
                 grad_z = torch.softmax(log_p, dim=-1, out=log_p).mul_(a + b)
                 if H is not None:
                     grad_z.addcmul_(P, a, value=-1)
@@ -1030,71 +927,22 @@ class _LeanLoss(torch.autograd.Function):
                     grad_w += grad_z.t() @ h[piece]
         ctx.gradients = grad_h.view(hidden.shape).to(hidden.dtype), grad_w.to(head.dtype)
         terms = Terms(*(x.view(B, T) for x in (ce_student, ce_teacher, kd)))
-        return distillation_loss(setting[0], terms, *setting[1:])
+        return distillation_loss(name, terms, *setting)
 
     @staticmethod
     def backward(ctx, grad_loss):
-        grad_h, grad_w = (x.mul_(grad_loss) for x in ctx.gradients)
-        return grad_h, grad_w, None, None, None, None
+        return *(x.mul_(grad_loss) for x in ctx.gradients), *[None] * 6
 
 
-def _log_probabilities(hidden, head, scratch):
-    """(R, C), (V, C) -> float32 (R, V), in scratch: memory used again is faster than new memory."""
-    z = scratch[: len(hidden)]
-    if hidden.dtype == z.dtype:
-        torch.mm(hidden, head.t(), out=z)
-    else:
-        z.copy_(hidden @ head.t())
-    return torch.log_softmax(z, dim=-1, out=z)
-
-
-def _weights(ce_teacher, name, temperature, gt_weight):
-    """a = ∂L/∂kd and b = ∂L/∂ce_student, each (B, T). Every loss is linear in both: 0 will do."""
-    with torch.enable_grad():
-        kd, ce_student = (torch.zeros_like(ce_teacher, requires_grad=True) for _ in range(2))
-        terms = Terms(ce_student, ce_teacher, kd)
-        loss = distillation_loss(name, terms, temperature, gt_weight)
-        return torch.autograd.grad(loss, (kd, ce_student), materialize_grads=True)
-
-
-def hidden_and_head(model, ids):
-    """(B, T, C) after the final norm, and the head (V, C); of our GPT or a transformers model."""
-    if isinstance(model, GPT):
-        return model.hidden(ids), model.lm_head.weight
-    return model.base_model(ids)[0], model.get_output_embeddings().weight
-
-
-@torch.no_grad()
-def has_lean_loss(model, loss):
-    """Can lean_loss give the loss? A model's logits must be hidden @ head.T and nothing more: two
-    tokens show it."""
-    if loss == "l2l" or isinstance(model, GPT):
-        return loss != "l2l"
-    was_training = model.training
-    model.eval()
-    ids = torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device)
-    hidden, head = hidden_and_head(model, ids)
-    logits, product = model(ids).logits.float(), hidden.float() @ head.float().t()
-    model.train(was_training)
-    return logits.shape == product.shape and torch.allclose(logits, product, rtol=1e-5, atol=1e-5)
-
-
-# The product in C goes once over the packed words. For each code the bits of its activation have their
-# sign flipped where the code is negative, and are replaced by 0 where it is zero: no multiplication.
+# The product in C goes once over the words of 16 codes. An activation's sign bit is flipped where
+# the code is negative, all its bits are cleared where it is 0, and what is left is added up.
 C_SOURCE = """
 #include <stdint.h>
-
-static inline float as_float(uint32_t bits) {
-    union { uint32_t bits; float value; } both = {bits};
-    return both.value;
+static float as_float(uint32_t bits) { union { uint32_t u; float f; } v = {bits}; return v.f; }
+static float term(uint32_t word, int j, uint32_t x) {            /* x, -x or 0, as code j says */
+    uint32_t code = word << (30 - 2 * j) & 0xC0000000, flipped = x ^ (code & 0x80000000);
+    return as_float(code ? flipped : 0);
 }
-
-static inline float term(uint32_t word, int j, uint32_t x) {     /* x, -x or 0 for code j */
-    uint32_t code = word << (30 - 2 * j) & 0xC0000000;           /* at the top: negative, not zero */
-    uint32_t bits = x ^ (code & 0x80000000);
-    return as_float(code ? bits : 0);
-}
-
 void ternary_sums(const uint32_t *x, const uint32_t *packed, float *y, long out, long U) {
     #pragma omp parallel for
     for (long r = 0; r < out; r++) {
@@ -1109,13 +957,12 @@ void ternary_sums(const uint32_t *x, const uint32_t *packed, float *y, long out,
         y[r] = even + odd;
     }
 }
-
 void half_product(const float *x, const uint16_t *w, float *y, long out, long in) {
     #pragma omp parallel for
     for (long r = 0; r < out; r++) {
         float sum = 0;
         #pragma omp simd reduction(+:sum)
-        for (long i = 0; i < in; i++) {      /* a half's bits at a float's places: times 2^-112 */
+        for (long i = 0; i < in; i++) {     /* a half's bits, at a float's places: times 2^-112 */
             uint32_t half = w[r * in + i], bits = (half & 0x8000) << 16 | (half & 0x7fff) << 13;
             sum += as_float(bits) * 0x1p112f * x[i];
         }
@@ -1123,40 +970,26 @@ void half_product(const float *x, const uint16_t *w, float *y, long out, long in
     }
 }
 """
+C_FLAGS = "-O3 -march=native -fopenmp -fPIC -shared -fno-math-errno -fno-trapping-math"
+C_FLAGS += " -fno-signed-zeros -fassociative-math -x c"
 
 
 @cache
 def c_library():
-    """C_SOURCE, compiled for this processor once and kept in a cache folder; None, and one line on
-    stderr, where that fails. It shares the threads of OpenMP with torch."""
-    compiler = os.environ.get("CC", "cc")
-    flags = "-O3 -march=native -fopenmp -fPIC -shared -fno-math-errno -fno-trapping-math"
-    flags = [*flags.split(), "-fno-signed-zeros", "-fassociative-math", "-x", "c"]
-    try:
-        ask = [compiler, *flags, "-E", "-v", os.devnull]
-        machine = subprocess.run(ask, capture_output=True, check=True).stderr  # compiler, processor
-        key = hashlib.sha256(C_SOURCE.encode() + machine).hexdigest()[:16]
-        folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tsld"
-        if (folder / f"{key}.so").exists():
-            return ctypes.CDLL(folder / f"{key}.so")
-        with suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-        writable = os.access(folder, os.W_OK)
-        with tempfile.TemporaryDirectory(dir=folder if writable else None) as work:
-            make = [compiler, *flags, "-", "-o", f"{work}/tsld.so"]
-            subprocess.run(make, input=C_SOURCE.encode(), capture_output=True, check=True)
-            library = ctypes.CDLL(f"{work}/tsld.so")
-            if writable:
-                os.replace(f"{work}/tsld.so", folder / f"{key}.so")
-            return library
-    except (OSError, subprocess.SubprocessError) as error:
-        print(f"tsld: no C ({error}): packed models are slower", file=sys.stderr)
-        return None
+    """C_SOURCE, compiled for this processor, which takes a fifth of a second; None, and one line on
+    stderr, where that fails. It shares its OpenMP threads with torch."""
+    with tempfile.TemporaryDirectory() as folder:
+        library = f"{folder}/tsld.so"
+        command = [os.environ.get("CC", "cc"), *C_FLAGS.split(), "-o", library, "-"]
+        try:
+            subprocess.run(command, input=C_SOURCE.encode(), capture_output=True, check=True)
+            return ctypes.CDLL(library)
+        except (OSError, subprocess.SubprocessError) as error:
+            print(f"tsld: no C ({error}): packed models are slower", file=sys.stderr)
 
 
-def _use_c(x):
-    """C knows no GPU and no gradient."""
-    return x.device.type == "cpu" and not (x.requires_grad and torch.is_grad_enabled()) and c_library()
+def _can_use_c(x):
+    return x.device.type == "cpu" and not x.requires_grad and c_library() is not None
 
 
 def _in_c(function, x, weight):

@@ -215,8 +215,7 @@ def training_steps(shape, rows):
 
         def gradients():
             with torch.autocast(device.type, torch.bfloat16, dtype == "bfloat16"):
-                lean = tsld.has_lean_loss(trained, config.loss)
-                loss = tsld.training_loss(trained, teacher, ids, targets, config, lean)
+                loss = tsld.training_loss(trained, teacher, ids, targets, config, config.loss != "l2l")
             loss.backward()
 
         return lambda: step(trained, gradients)
