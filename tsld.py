@@ -381,7 +381,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2. model(ids) gives logits (B, T, V), model(ids, trace=True) a Trace; ids: int64 (B, T)."""
+    """GPT-2. model(ids) gives logits (B, T, V), model(ids, trace=True) a Trace. ids: (B, T)."""
     def __init__(self, config):
         super().__init__()
         if config.n_head < 1 or config.n_embd % config.n_head:
@@ -659,7 +659,7 @@ def evaluate(model, tokens, block_size):
 
 
 def bits_per_byte(nats_per_token, tokens, bytes):
-    """nats_per_token · tokens / ln 2 / bytes: compares across tokenizers, as perplexity does not."""
+    """nats_per_token · tokens / ln 2 / bytes: it compares across tokenizers, unlike perplexity."""
     return nats_per_token * tokens / math.log(2) / bytes
 
 

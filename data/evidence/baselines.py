@@ -16,7 +16,9 @@ from tsld import GPT, fake_quantize, quantize_int4
 def _inputs(model, layer, ids):
     """What reaches `layer` when the model reads ids (B, T): (B · T, in)."""
     caught = []
-    hook = layer.register_forward_pre_hook(lambda module, x: caught.append(x[0].flatten(0, -2).float()))
+    hook = layer.register_forward_pre_hook(
+        lambda module, x: caught.append(x[0].flatten(0, -2).float())
+    )
     for rows in ids.split(8):
         model.hidden(rows)
     hook.remove()
@@ -28,19 +30,23 @@ def _calibrated_copy(model, calibration_ids, bits):
         raise ValueError(f"the post-training baselines are for 4 bits, not {bits!r}")
     if not isinstance(model, GPT):
         raise ValueError(f"the post-training baselines are for our GPT, not {type(model).__name__}")
-    return copy.deepcopy(model).eval().requires_grad_(False), calibration_ids.to(model.wte.weight.device)
+    return copy.deepcopy(model).eval().requires_grad_(False), calibration_ids.to(
+        model.wte.weight.device
+    )
 
 
 def optq_weight(weight, x):
-    """The 4-bit weight ŵ, (out, in), that makes ‖x ŵ^T - x w^T‖² small, a column at a time: each column
-    is rounded, and those still to come are changed to make up for its error as well as they can.
+    """The 4-bit weight ŵ, (out, in), that makes ‖x ŵ^T - x w^T‖² small, a column at a time: each
+    column is rounded, and those still to come are changed to make up for its error as well as they
+    can.
 
     With H = x^T x and U the upper Cholesky factor of its inverse, H⁻¹ = U^T U, for column i
 
         ŵ_i = round(w_i)    e = (w_i - ŵ_i) / U_ii    w_j ← w_j - e U_ij for all j > i
 
-    weight: (out, in); x: (N, in), the inputs. Each row's scale and zero point are quantize_int4's for w.
-    Source: Frantar et al., "OPTQ: Accurate Quantization for Generative Pre-trained Transformers", 2023.
+    weight: (out, in); x: (N, in), the inputs. Each row's scale and zero point are quantize_int4's
+    for w. Source: Frantar et al., "OPTQ: Accurate Quantization for Generative Pre-trained
+    Transformers", 2023.
     """
     w = weight.detach().double()
     _, scale, zero_point = quantize_int4(weight, "channel")  # each (out, 1)
@@ -60,8 +66,8 @@ def optq_weight(weight, x):
 def optq(model, calibration_ids, bits=4):
     """A copy of our GPT with every linear layer but the head quantized by OPTQ, channel-wise.
 
-    calibration_ids: int64 (B, T). The weights are stored dequantized. ValueError: bits other than 4, or
-    another kind of model.
+    calibration_ids: int64 (B, T). The weights are stored dequantized. ValueError: bits other than
+    4, or another kind of model.
     """
     model, ids = _calibrated_copy(model, calibration_ids, bits)
     for block in model.h:
@@ -84,10 +90,11 @@ class ScaledLinear(nn.Module):
 
 def awq_scale(weight, x):
     """The scales s, (in,), of the input channels. The rounding error of a weight is about the same
-    whatever the weight's size. So multiplying the columns that meet large inputs by s > 1, and those
-    inputs by 1 / s, makes their error count less.
+    whatever the weight's size. So multiplying the columns that meet large inputs by s > 1, and
+    those inputs by 1 / s, makes their error count less.
 
-        s = mean|x|^a,  of a = 0, 0.05, ... 0.95 the one with the least ‖(x / s) round(w s)^T - x w^T‖²
+        s = mean|x|^a,  of a = 0, 0.05, ... 0.95 the one with the least ‖(x / s) round(w s)^T - x
+        w^T‖²
 
     weight: (out, in); x: (N, in), the inputs. With a = 0 it is plain rounding.
     Source: Lin et al., "AWQ: Activation-aware Weight Quantization", 2024.
@@ -106,12 +113,13 @@ def awq_scale(weight, x):
 def awq(model, calibration_ids, bits=4):
     """A copy of our GPT with every linear layer but the head quantized by AWQ, channel-wise.
 
-    The factor 1 / s goes into whatever makes the layer's input, where that is linear: the norm before
-    c_attn and c_fc; before the attention's c_proj the values, which are rows of the quantized c_attn
-    and only get other scales by it. After the GELU it stays with the layer, a ScaledLinear then.
+    The factor 1 / s goes into whatever makes the layer's input, where that is linear: the norm
+    before c_attn and c_fc; before the attention's c_proj the values, which are rows of the
+    quantized c_attn and only get other scales by it. After the GELU it stays with the layer, a
+    ScaledLinear then.
 
-    calibration_ids: int64 (B, T). The weights are stored dequantized. ValueError: bits other than 4, or
-    another kind of model.
+    calibration_ids: int64 (B, T). The weights are stored dequantized. ValueError: bits other than
+    4, or another kind of model.
     """
     model, ids = _calibrated_copy(model, calibration_ids, bits)
 

@@ -1,4 +1,5 @@
-"""Speed and memory: each table is one run, its rows measured in turns, its ratios against its first row.
+"""Speed and memory: each table is one run, its rows measured in turns, its ratios against its first
+row.
 
     python -m data.evidence.bench               # the packed product, and text from a packed model
     python -m data.evidence.bench training      # a training step with each of the losses
@@ -42,10 +43,13 @@ def timed(function, calls, device):
 
 
 def seconds_per_call(functions, device, rounds=7, least=0.05):
-    """Median seconds of each function, in turns of `least` seconds, so that all meet the same noise."""
+    """Median seconds of each function, in turns of `least` seconds, so that all meet the same
+    noise."""
     for function in functions.values():
         function()  # compiles what is compiled
-    calls = {name: math.ceil(least / timed(function, 1, device)) for name, function in functions.items()}
+    calls = {
+        name: math.ceil(least / timed(function, 1, device)) for name, function in functions.items()
+    }
     seconds = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
@@ -77,8 +81,8 @@ def bench_bandwidth(device):
 
 
 def bench_matvec(device, bandwidth):
-    """One row of activations times a weight matrix: what generating a token consists of. As in a model,
-    the weights come from memory: each contestant goes through copies that no cache holds."""
+    """One row of activations times a weight matrix: what generating a token consists of. As in a
+    model, the weights come from memory: each contestant goes through copies that no cache holds."""
     for shape in ((2304, 768), (3072, 768), (768, 3072), (4096, 4096)):
         codes = torch.randint(-1, 2, shape, dtype=torch.int8, device=device)
         scale, x = torch.ones(1, 1, device=device), torch.randn(1, shape[1], device=device)
@@ -94,7 +98,9 @@ def bench_matvec(device, bandwidth):
             "torch bf16 linear": in_turn(lambda weight: F.linear(half_x, weight), codes.bfloat16()),
             "packed": in_turn(lambda weight: tsld.ternary_matmul(x, weight, scale), packed),
         }
-        values = {name: 1e6 * seconds for name, seconds in seconds_per_call(functions, device).items()}
+        values = {
+            name: 1e6 * seconds for name, seconds in seconds_per_call(functions, device).items()
+        }
         values["bandwidth alone, packed"] = 1e6 * packed.numel() / bandwidth
         print_ratios(f"matrix-vector product, {shape[0]} x {shape[1]}", "µs", values)
 
@@ -105,7 +111,9 @@ def bench_generation(device, bandwidth, model, packed):
 
     def ours(model):
         times = []
-        model.generate(prompt, length, 0, on_token=lambda new: times.append((new.item(), time.perf_counter())))
+        model.generate(
+            prompt, length, 0, on_token=lambda new: times.append((new.item(), time.perf_counter()))
+        )
         return (length - 1) / (times[-1][1] - times[0][1])
 
     contestants = {"FP32": lambda: ours(model)}
@@ -117,16 +125,22 @@ def bench_generation(device, bandwidth, model, packed):
 
         def seconds(n):
             begin = time.perf_counter()
-            theirs.generate(prompt, min_new_tokens=n, max_new_tokens=n, do_sample=False, pad_token_id=0)
+            theirs.generate(
+                prompt, min_new_tokens=n, max_new_tokens=n, do_sample=False, pad_token_id=0
+            )
             return time.perf_counter() - begin
 
-        contestants["FP32, transformers generate"] = lambda: (length - 1) / (seconds(length) - seconds(1))
+        contestants["FP32, transformers generate"] = lambda: (
+            (length - 1) / (seconds(length) - seconds(1))
+        )
     contestants["packed"] = lambda: ours(packed)
     rates = {name: [] for name in contestants}
     for turn in range(6):
         for name, contestant in contestants.items():
             rates[name].append(contestant())
-    values = {name: statistics.median(rate[1:]) for name, rate in rates.items()}  # the first warms up
+    values = {
+        name: statistics.median(rate[1:]) for name, rate in rates.items()
+    }  # the first warms up
     read = sum(t.numel() * t.element_size() for t in (*packed.parameters(), *packed.buffers()))
     values["bandwidth alone, packed"] = bandwidth / (read - packed.wpe.weight.numel() * 2)
     print_ratios("generation, GPT-2 small's shape", "tokens/s", values, larger_is_better=True)
@@ -165,7 +179,9 @@ def bench_memory(folder):
     sizes = collections.Counter()
     for name, tensor in tsld.read_file(files["packed"])["tensors"].items():
         part = {"wte.weight": "embedding, float16", "wpe.weight": "positions, float16"}.get(name)
-        part = part or ("ternary weights" if name.endswith(".packed") else "scales, biases, norms, float32")
+        part = part or (
+            "ternary weights" if name.endswith(".packed") else "scales, biases, norms, float32"
+        )
         sizes[part] += tensor.numel() * tensor.element_size()
     for part, size in sizes.most_common():
         print(f"    of it {part:44}{size / 1e6:14,.1f}")
@@ -179,18 +195,26 @@ def bench_memory(folder):
 
 
 # Layers, width, heads, vocabulary; sequences and their length.
-TRAINING_SHAPES = ((4, 128, 4, 2048, 32, 128), (6, 384, 6, 50257, 8, 256), (12, 768, 12, 50257, 4, 512))
+TRAINING_SHAPES = (
+    (4, 128, 4, 2048, 32, 128),
+    (6, 384, 6, 50257, 8, 256),
+    (12, 768, 12, 50257, 4, 512),
+)
 
 
 def training_steps(shape, rows):
-    """One function per row that takes a training step. Rows: ("plain", dtype), a step of the full-precision
-    model written the nanoGPT way; ("plain, ours", dtype); or (one of LOSSES, dtype), of a ternary student."""
+    """One function per row that takes a training step. Rows: ("plain", dtype), a step of the
+    full-precision model written the nanoGPT way; ("plain, ours", dtype); or (one of LOSSES, dtype),
+    of a ternary student."""
     n_layer, n_embd, n_head, vocab_size, B, T = shape
     device = choose_device(None)
     torch.manual_seed(0)
     model = GPT(GPTConfig(T, vocab_size, n_layer, n_head, n_embd)).to(device)
     ids, targets = torch.randint(vocab_size, (2, B, T), device=device)
-    student, half = tsld.quantize_model(copy.deepcopy(model)), copy.deepcopy(model).to(torch.bfloat16)
+    student, half = (
+        tsld.quantize_model(copy.deepcopy(model)),
+        copy.deepcopy(model).to(torch.bfloat16),
+    )
     optimizers = {}
 
     def nanogpt_loss():
@@ -215,7 +239,9 @@ def training_steps(shape, rows):
 
         def gradients():
             with torch.autocast(device.type, torch.bfloat16, dtype == "bfloat16"):
-                loss = tsld.training_loss(trained, teacher, ids, targets, config, config.loss != "l2l")
+                loss = tsld.training_loss(
+                    trained, teacher, ids, targets, config, config.loss != "l2l"
+                )
             loss.backward()
 
         return lambda: step(trained, gradients)
@@ -256,7 +282,8 @@ def bench_training(rounds=3):
 
 
 def bench_growth(tokens=4096):
-    """How a TSLD step of as many tokens grows with the length of the sequences and with the vocabulary."""
+    """How a TSLD step of as many tokens grows with the length of the sequences and with the
+    vocabulary."""
     print(f"\n{f'TSLD step, 4 x 256, FP32, {tokens} tokens':52}{'seconds':>14}{'peak MB':>10}")
     for vocab_size in (2048, 16384, 50257):
         for length in (128, 512, 2048):
@@ -286,7 +313,9 @@ class Shape:
         linear = self.layers * (4 * w * w + (self.matrices - 4) * w * self.inner)
         embeddings = (self.vocabulary * (1 if self.tied else 2) + self.positions) * w
         norm = 2 * w if self.biases else w  # RMSNorm has no bias
-        rest = self.layers * (2 * norm + self.biases * w + (self.inner if self.biases else 0)) + norm
+        rest = (
+            self.layers * (2 * norm + self.biases * w + (self.inner if self.biases else 0)) + norm
+        )
         return linear, embeddings, rest
 
 
@@ -308,18 +337,21 @@ SHAPES = {
 def memory_on_paper(shape, batch=4, length=512, dtype="bfloat16"):
     """Bytes: the model in FP32, in FP16 and packed, and what training its student under TSLD takes.
 
-    Training holds the student with AdamW's two averages and the teacher. On top of these come at first
-    the layers' dequantized weights and activations with the lean loss's scratch space and gradient of
-    the head, and at the end the gradients of all weights; the larger of the two makes the peak.
+    Training holds the student with AdamW's two averages and the teacher. On top of these come at
+    first the layers' dequantized weights and activations with the lean loss's scratch space and
+    gradient of the head, and at the end the gradients of all weights; the larger of the two makes
+    the peak.
     """
     linear, embeddings, rest = shape.parameters()
     N, product = linear + embeddings + rest, {"bfloat16": 2, "float32": 4}[dtype]
     state = 4 * N + 8 * N + product * N
-    # Per token and layer: the residual twice, in float32; both norms, query, key, value, and what attention
-    # gives, laid out in two ways; the MLP's inner state before and after its nonlinearity, and in a gated MLP
-    # the two factors as well.
+    # Per token and layer: the residual twice, in float32; both norms, query, key, value, and what
+    # attention gives, laid out in two ways; the MLP's inner state before and after its
+    # nonlinearity, and in a gated MLP the two factors as well.
     inner = (2 if shape.matrices == 6 else 4) * shape.inner
-    activations = batch * length * shape.layers * (2 * 4 * shape.width + product * (7 * shape.width + inner))
+    activations = (
+        batch * length * shape.layers * (2 * 4 * shape.width + product * (7 * shape.width + inner))
+    )
     logits = min(tsld.SCRATCH_BYTES, 4 * batch * length * shape.vocabulary)
     lean = 2 * logits + 4 * shape.vocabulary * shape.width
     return {
@@ -332,10 +364,14 @@ def memory_on_paper(shape, batch=4, length=512, dtype="bfloat16"):
 
 def bench_memory_on_paper():
     print(f"\n{'GB, training with TSLD: bf16, 4 x 512 tokens':52}", end="")
-    print("".join(f"{title:>10}" for title in ("FP32", "FP16", "packed", "training")), "  one GPU of")
+    print(
+        "".join(f"{title:>10}" for title in ("FP32", "FP16", "packed", "training")), "  one GPU of"
+    )
     for name, shape in SHAPES.items():
         memory = memory_on_paper(shape)
-        fits = [size for size in (24, 80, 141) if memory["training"] < 0.9 * size * 1e9]  # 10 % for the rest
+        fits = [
+            size for size in (24, 80, 141) if memory["training"] < 0.9 * size * 1e9
+        ]  # 10 % for the rest
         figures = "".join(f"{value / 1e9:10.2f}" for value in memory.values())
         print(f"  {name:50}{figures}   {f'{fits[0]} GB' if fits else 'none: several'}")
 

@@ -2,8 +2,8 @@
 
     python -m data.evidence.figures --data ptb --teacher-steps 5000
 
-writes their numbers as CSV beside this file, and draws PNG files where matplotlib is installed. The bars
-of the first one are means over the seeds of data/evidence/table.json."""
+writes their numbers as CSV beside this file, and draws PNG files where matplotlib is installed. The
+bars of the first one are means over the seeds of data/evidence/table.json."""
 
 import collections
 import copy
@@ -22,7 +22,9 @@ import train_small
 import tsld
 
 FOLDER = Path(__file__).resolve().parent
-SHOWN = 64  # blocks of text that figures 1, 2 and 4 show; the means of figure 4 are of the whole text
+SHOWN = (
+    64  # blocks of text that figures 1, 2 and 4 show; the means of figure 4 are of the whole text
+)
 SURE = 0.5  # the top probability that parts low confidence from high
 STYLES = {  # name in a figure, and colour
     "without training": ("without training", "C7"),
@@ -40,10 +42,12 @@ STYLES = {  # name in a figure, and colour
 
 @torch.no_grad()
 def error_by_position(student, teacher, ids):
-    """How far the student is from the teacher at each position of the sequence: Σ (student - teacher)² /
-    Σ teacher², summed over the sequences and the channels: the paper's cumulative quantization error.
+    """How far the student is from the teacher at each position of the sequence: Σ (student -
+    teacher)² / Σ teacher², summed over the sequences and the channels: the paper's cumulative
+    quantization error.
 
-    ids: int64 (B, T). Returns {"attention output": (T,), "logits": (T,)}, the former a mean over layers.
+    ids: int64 (B, T). Returns {"attention output": (T,), "logits": (T,)}, the former a mean over
+    layers.
     """
     outputs = []
     for model in (student, teacher):
@@ -63,7 +67,8 @@ def error_by_position(student, teacher, ids):
 
 @torch.no_grad()
 def distance_by_token(student, teacher, ids):
-    """KL(P^T ‖ P^S) = Σ_i P^T_i (log P^T_i - log P^S_i) of each token, in nats. (B, T) -> (B, T)."""
+    """KL(P^T ‖ P^S) = Σ_i P^T_i (log P^T_i - log P^S_i) of each token, in nats. (B, T) -> (B,
+    T)."""
     theirs = teacher(ids)  # kd does not depend on the targets: ids stand in for them
     own = tsld.per_token_terms(theirs, theirs, ids).kd
     return tsld.per_token_terms(student(ids), theirs, ids).kd - own
@@ -71,7 +76,8 @@ def distance_by_token(student, teacher, ids):
 
 @torch.no_grad()
 def confidence(model, ids, targets):
-    """The probability of the likeliest token, and the cross-entropy of the true one in nats, (B, T)."""
+    """The probability of the likeliest token, and the cross-entropy of the true one in nats, (B,
+    T)."""
     log_p = F.log_softmax(model(ids).float(), dim=-1)  # (B, T, V)
     return log_p.amax(-1).exp(), -log_p.gather(-1, targets[..., None])[..., 0]
 
@@ -123,20 +129,25 @@ class Figures:
         return watch
 
     def sentence(self):
-        """The tokens of the first line of 12 tokens or more in the validation text, what the teacher
-        gave each of them, and how much TSLD makes it count: N times its weight in its block."""
+        """The tokens of the first line of 12 tokens or more in the validation text, what the
+        teacher gave each of them, and how much TSLD makes it count: N times its weight in its
+        block."""
         decode = self.setup.source.tokenizer.decode
         words = [decode([token]) for token in self.targets[0].tolist()]
         ends = [-1] + [n for n, word in enumerate(words) if "\n" in word] + [len(words)]
         line = next((a, b) for a, b in zip(ends, ends[1:]) if b - a > 12 or b == len(words))
-        scale = len(words) * tsld.token_scale(self.ce["teacher"][:1], self.setup.student.temperature)[0]
+        scale = (
+            len(words) * tsld.token_scale(self.ce["teacher"][:1], self.setup.student.temperature)[0]
+        )
         place = slice(line[0] + 1, line[1])
         p = (-self.ce["teacher"][0, place]).exp().tolist()
         return {"token": words[place], "probability": p, "count": scale[place].tolist()}
 
     def draw(self):
         positions = range(1, self.ids.shape[1] + 1)
-        errors = [(f"{name}, {what}", e) for name, both in self.errors.items() for what, e in both.items()]
+        errors = [
+            (f"{name}, {what}", e) for name, both in self.errors.items() for what, e in both.items()
+        ]
         error = {title: e.tolist() for title, e in errors}
         write_csv("1-error-by-position", {"position": positions} | error)
         distances = {name: sorted(d.flatten().tolist()) for name, d in self.distances.items()}
@@ -148,7 +159,9 @@ class Figures:
             curves |= {f"{loss}, validation": [history[str(step)][1] for step in steps]}
         write_csv("3-training-curves", curves)
         # 1 where a token counts as much as it would without scaling.
-        scale = self.ids.shape[1] * tsld.token_scale(self.ce["teacher"], self.setup.student.temperature)
+        scale = self.ids.shape[1] * tsld.token_scale(
+            self.ce["teacher"], self.setup.student.temperature
+        )
         change = self.ce["tsld"] - self.ce["logit"]
         columns = {"top probability": self.sure, "cross-entropy": self.ce["teacher"]}
         columns |= {"token scale times N": scale, "TSLD minus logit": change}
@@ -168,8 +181,8 @@ class Figures:
 
 
 def bars_of_table(setup):
-    """Name to the validation perplexities that table.json has of it at 2 bits: of the teacher of this
-    setting with the most rows, and the paper's τ = 10."""
+    """Name to the validation perplexities that table.json has of it at 2 bits: of the teacher of
+    this setting with the most rows, and the paper's τ = 10."""
     path, of_teacher = FOLDER / "table.json", collections.defaultdict(list)
     for row in json.loads(path.read_text()) if path.exists() else []:
         wanted = row["teacher_steps"], row["student_tokens"]
@@ -202,7 +215,8 @@ def write_csv(name, columns):
 
 
 def draw_figures(bars, sentence, error, distances, curves, tokens, changes):
-    """PNG files of what Figures saw. The titles are made of the numbers, so they say what is seen."""
+    """PNG files of what Figures saw. The titles are made of the numbers, so they say what is
+    seen."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -226,7 +240,9 @@ def draw_method(plt, bars, sentence):
         1, 2, figsize=(11, 4.2), layout="constrained", width_ratios=(2, 3)
     )
     names = {"teacher": "teacher (FP32)", "ternarized": "rounded, untrained"}
-    names |= {loss: f"student: {STYLES[loss][0]}" for loss in ("gt", "l2l", "logit_gt", "logit", "tsld")}
+    names |= {
+        loss: f"student: {STYLES[loss][0]}" for loss in ("gt", "l2l", "logit_gt", "logit", "tsld")
+    }
     shown = [name for name in names if name in bars]
     means = [statistics.mean(bars[name]) for name in shown]
     spreads = [statistics.stdev(bars[name]) if len(bars[name]) > 1 else 0.0 for name in shown]
@@ -235,14 +251,17 @@ def draw_method(plt, bars, sentence):
     left.barh(rows, means, xerr=spreads, color=colours, capsize=3)
     for row, mean, spread in zip(rows, means, spreads):
         left.text(mean + spread, row, f"  {mean:.1f}", va="center", fontsize=9)
-    left.set(yticks=rows, yticklabels=[names[name] for name in shown], xlabel="validation perplexity")
+    left.set(
+        yticks=rows, yticklabels=[names[name] for name in shown], xlabel="validation perplexity"
+    )
     left.set(xlim=(0, 1.15 * max(means, default=1)), title="ternary weights, and how to train them")
     draw_sentence(plt, right, **sentence)
     return figure, ""
 
 
 def draw_sentence(plt, axis, token, probability, count):
-    """Tokens in lines as they are read, shaded by what they count, the teacher's probability below."""
+    """Tokens in lines as they are read, shaded by what they count, the teacher's probability
+    below."""
     width, x, y = 46, 0.0, 0
     norm, colours = plt.Normalize(min(count), max(count)), plt.get_cmap("YlGn")
     for word, p, c in zip(token, probability, count):
@@ -256,7 +275,9 @@ def draw_sentence(plt, axis, token, probability, count):
         axis.text(x + size / 2 - 0.15, y + 0.17, f"{p:.2f}".removeprefix("0"), fontsize=7, **place)
         x += size
     axis.set(xlim=(0, width), ylim=(y - 0.2, 1), xticks=[], yticks=[])
-    axis.set_title("how much each token counts in TSLD (below it: the teacher's probability)", fontsize=11)
+    axis.set_title(
+        "how much each token counts in TSLD (below it: the teacher's probability)", fontsize=11
+    )
     mappable = plt.cm.ScalarMappable(norm, colours)
     axis.figure.colorbar(mappable, ax=axis, label="N · w_n: 1 is what it counts without scaling")
 
@@ -275,8 +296,11 @@ def draw_error(plt, error):
     quarter = max(1, len(values) // 4)
     growth = statistics.mean(values[-quarter:]) / statistics.mean(values[:quarter])
     l2l, logit = (statistics.mean(error[f"{name}, logits"]) for name in ("l2l", "logit"))
-    seen = f"Untrained, attention's error in the last quarter is {growth:.1f} times that in the first;\n"
-    return figure, seen + f"L2L leaves {l2l / logit:.1f} times logit distillation's error in the logits"
+    seen = f"Untrained, attention's error in the last quarter is {growth:.1f} times the first's;\n"
+    return (
+        figure,
+        seen + f"L2L leaves {l2l / logit:.1f} times logit distillation's error in the logits",
+    )
 
 
 def draw_distance(plt, distances):
@@ -301,7 +325,9 @@ def draw_curves(plt, curves):
         for axis, text in zip(axes, ("training", "validation")):
             axis.plot(curves["step"], curves[f"{name}, {text}"], color=colour, label=title)
             axis.set(title=f"{text} text", xlabel="step", ylabel="cross-entropy, nats per token")
-        gaps.append(f"{title} {curves[f'{name}, validation'][-1] - curves[f'{name}, training'][-1]:.2f}")
+        gaps.append(
+            f"{title} {curves[f'{name}, validation'][-1] - curves[f'{name}, training'][-1]:.2f}"
+        )
     axes[0].legend()
     return figure, f"From training to validation text the students lose, nats: {', '.join(gaps)}"
 
@@ -309,10 +335,14 @@ def draw_curves(plt, curves):
 def draw_confidence(plt, tokens, changes):
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained", width_ratios=(3, 2))
     sure, ce = tokens["top probability"], tokens["cross-entropy"]
-    dots = axes[0].scatter(sure, ce, c=tokens["token scale times N"], s=3, cmap="viridis", rasterized=True)
+    dots = axes[0].scatter(
+        sure, ce, c=tokens["token scale times N"], s=3, cmap="viridis", rasterized=True
+    )
     figure.colorbar(dots, ax=axes[0], label="token scale times N")
     axes[0].axvline(SURE, color="C3")
-    axes[0].set(xlabel="teacher's top probability", ylabel="teacher's cross-entropy, nats", xlim=(0, 1))
+    axes[0].set(
+        xlabel="teacher's top probability", ylabel="teacher's cross-entropy, nats", xlim=(0, 1)
+    )
     regions = ("low confidence", "high confidence")
     for x, region in zip((0.25, 0.75), regions):  # above the dots, not on them
         axes[0].text(x, 1.02, region, transform=axes[0].transAxes, ha="center", color="C3")
@@ -320,7 +350,9 @@ def draw_confidence(plt, tokens, changes):
     axes[1].bar(regions, means, yerr=errors, color=STYLES["tsld"][1], capsize=4)
     axes[1].axhline(0, color="black", linewidth=0.8)
     axes[1].set_ylabel("cross-entropy, TSLD minus logit, nats")
-    by = (f"{mean:+.3f} ± {error:.3f} at {name}" for name, mean, error in zip(regions, means, errors))
+    by = (
+        f"{mean:+.3f} ± {error:.3f} at {name}" for name, mean, error in zip(regions, means, errors)
+    )
     seen = "Against logit distillation, TSLD changes a token's cross-entropy in nats\nby "
     return figure, seen + " and ".join(by)
 
@@ -332,13 +364,19 @@ def main(argv):
     args.loss = "all"
     setup = train_small.set_up(args)
     teacher = train_small.train_teacher(setup)
-    frozen = train_small.frozen_teacher(setup, teacher, train_small.score(setup, teacher, ["valid"]))
+    frozen = train_small.frozen_teacher(
+        setup, teacher, train_small.score(setup, teacher, ["valid"])
+    )
     figures = Figures(setup, frozen)
-    figures.look_at("without training", tsld.quantize_model(copy.deepcopy(teacher), 2, args.granularity))
+    figures.look_at(
+        "without training", tsld.quantize_model(copy.deepcopy(teacher), 2, args.granularity)
+    )
     for loss in tsld.LOSSES:
         student = tsld.quantize_model(copy.deepcopy(teacher), 2, args.granularity)
         config = replace(setup.student, loss=loss)
-        _, scores = train_small.train_student(setup, student, config, frozen, loss, figures.watch(loss))
+        _, scores = train_small.train_student(
+            setup, student, config, frozen, loss, figures.watch(loss)
+        )
         print(f"student, {loss}: validation perplexity {scores['valid']['ppl']:.2f}", flush=True)
         figures.look_at(loss, student)
     figures.draw()

@@ -2,8 +2,8 @@
 
     python -m data.evidence.table --data ptb --teacher-steps 5000
 
-fills data/evidence/table.json. It may be stopped and started again: rows that are there, of the same
-teacher and setting, stay."""
+fills data/evidence/table.json. It may be stopped and started again: rows that are there, of the
+same teacher and setting, stay."""
 
 import collections
 import copy
@@ -26,7 +26,8 @@ from data.evidence import baselines
 
 FOLDER = Path(__file__).resolve().parent
 
-# As the paper has them: post-training methods at 4 bits with a scale per channel, all others per tensor.
+# As the paper has them: post-training methods at 4 bits with a scale per channel, all others per
+# tensor.
 UNTRAINED = ((4, "round-to-nearest"), (4, "OPTQ"), (4, "AWQ"), (2, "ternarized"))
 TRAINED = {2: ("logit", "tsld", "l2l", "logit_gt", "gt"), 4: ("logit", "tsld", "logit_gt")}
 # τ and ground-truth weight of further TSLD students. τ = ∞ is logit distillation; τ = 10 is above.
@@ -62,7 +63,9 @@ def main(argv):
         train_small.write_text(path, json.dumps(rows, indent=1) + "\n")
         for file in Path(setup.args.out).glob(f"student-{name}.*pt"):
             file.unlink()  # its row is all that is needed
-    print_results([row for row in rows if any(setting.items() <= row.items() for setting, _ in wanted)])
+    print_results(
+        [row for row in rows if any(setting.items() <= row.items() for setting, _ in wanted)]
+    )
 
 
 def set_up(argv):
@@ -74,7 +77,9 @@ def set_up(argv):
 
 def wanted_rows(setup):
     """What the table is to hold: a setting, and the training configuration where there is one."""
-    wanted = [({"bits": bits, "method": method}, None) for bits, method in ((32, "teacher"), *UNTRAINED)]
+    wanted = [
+        ({"bits": bits, "method": method}, None) for bits, method in ((32, "teacher"), *UNTRAINED)
+    ]
     # Where none is asked for, the paper's temperature, not the preset's.
     default = setup.args.tsld_temperature or tsld.TrainConfig.temperature, 0.0
     groups = [[(bits, loss, *default) for loss in losses] for bits, losses in TRAINED.items()]
@@ -82,7 +87,9 @@ def wanted_rows(setup):
     students = [(seed, *student) for group in groups for seed in SEEDS for student in group]
     preset = setup.source.preset
     for seed, bits, loss, temperature, gt_weight in students:
-        config = replace(setup.student, loss=loss, seed=seed, temperature=temperature, gt_weight=gt_weight)
+        config = replace(
+            setup.student, loss=loss, seed=seed, temperature=temperature, gt_weight=gt_weight
+        )
         config.lr = setup.args.lr or train_small.student_lr(preset, bits)
         # Every field of the configuration, the pair of betas as JSON gives it back.
         setting = {"bits": bits, "method": loss, **asdict(config), "betas": list(config.betas)}
@@ -135,7 +142,9 @@ def print_results(rows):
     """Mean and spread (standard deviation over the seeds) of each setting, as Markdown."""
     groups = collections.defaultdict(list)
     for row in rows:
-        groups[tuple(row.get(key) for key in ("bits", "method", "temperature", "gt_weight"))].append(row)
+        groups[
+            tuple(row.get(key) for key in ("bits", "method", "temperature", "gt_weight"))
+        ].append(row)
     print("\n| bits | method | τ | ground truth | seeds | " + " | ".join(MEASURES.values()) + " |")
     print("| --- " * (5 + len(MEASURES)) + "|")
     for (bits, method, temperature, gt_weight), members in groups.items():

@@ -1,6 +1,6 @@
 """Makes data/bpe2048.tiktoken again, from the training parts of PTB and pydoc, in 15 seconds:
 
-    python -m data.evidence.vocabulary
+python -m data.evidence.vocabulary
 """
 
 import base64
@@ -9,13 +9,17 @@ import re
 import sys
 
 import train_small
+from data import texts
 
 
 def learn_vocabulary(text, size):
-    """Byte-pair encoding (Sennrich et al., 2016): join the most frequent pair of neighbouring tokens
-    into a new one, until there are `size`. Returns the tokens, as bytes, in the order they were made."""
-    counts = collections.Counter(word.encode() for word in re.findall(train_small.PATTERN, text))
-    words = {word: [bytes([byte]) for byte in word] for word in counts}  # each as its present tokens
+    """Byte-pair encoding (Sennrich et al., 2016): join the most frequent pair of neighbouring
+    tokens into a new one, until there are `size`. Returns the tokens, as bytes, in the order they
+    were made."""
+    counts = collections.Counter(word.encode() for word in re.findall(texts.PATTERN, text))
+    words = {
+        word: [bytes([byte]) for byte in word] for word in counts
+    }  # each as its present tokens
     vocabulary = [bytes([byte]) for byte in range(256)]
     pairs, users = collections.Counter(), collections.defaultdict(set)  # how often, in which words
 
@@ -27,7 +31,9 @@ def learn_vocabulary(text, size):
     for word in words:
         count(word, +1)
     while len(vocabulary) < size:
-        pair = max(pairs, key=lambda p: (pairs[p], p))  # of equally frequent ones the last in byte order
+        pair = max(
+            pairs, key=lambda p: (pairs[p], p)
+        )  # of equally frequent ones the last in byte order
         vocabulary.append(pair[0] + pair[1])
         for word in list(users[pair]):
             count(word, -1)
@@ -43,12 +49,12 @@ def learn_vocabulary(text, size):
 
 def main(argv):
     train_small.parse(argv, takes=set(), description=__doc__.split("\n")[0])
-    text = train_small.load_ptb()["train"] + train_small.load_pydoc()["train"]
+    text = texts.load_ptb()["train"] + texts.load_pydoc()["train"]
     lines = [
         f"{base64.b64encode(token).decode()} {rank}\n"
         for rank, token in enumerate(learn_vocabulary(text, 2048))
     ]
-    train_small.write_text(train_small.VOCABULARY, "".join(lines))
+    train_small.write_text(texts.VOCABULARY, "".join(lines))
 
 
 if __name__ == "__main__":
