@@ -2318,7 +2318,7 @@ def test_a_killed_run_resumed_ends_with_the_very_same_weights(tiny, capsys, tmp_
 
 
 TOGETHER = """
-import json, sys
+import os, signal, sys
 import torch, train_small, tsld
 from dataclasses import replace
 torch.set_num_threads(1)
@@ -2328,6 +2328,12 @@ teacher = replace(preset.teacher, steps=4, batch_size=4)
 student = replace(preset.student, steps=6, batch_size=4)
 new = replace(preset, gpt=gpt, teacher=teacher, student=student, student_tokens=300)
 train_small.PRESETS["tiny"] = new
+show = train_small.show_progress
+def show_and_stop(text, last=False):
+    show(text, last)
+    if text.startswith(os.environ["STOP_AT"]) and os.environ["RANK"] == "1":  # one hears it, all stop
+        signal.raise_signal(signal.SIGTERM)
+train_small.show_progress = show_and_stop
 sys.exit(train_small.main(sys.argv[1:]))
 """
 
@@ -2342,35 +2348,46 @@ def has_loopback():
         return False
 
 
-@pytest.mark.skipif(not has_loopback(), reason="no loopback network")
-def test_two_processes_train_and_score_as_one(tiny, capsys, tmp_path):
+def run_together(tmp_path, flags, stop_at="never"):
+    """Two processes; returns what they printed."""
     (tmp_path / "together.py").write_text(TOGETHER)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    flags = ["--loss", "all", "--dtype", "float32", *tiny]
     environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
-    together = subprocess.run(
-        [*command, tmp_path / "together.py", *flags],
-        capture_output=True,
-        env=environment,
-        timeout=120,
-    )
-    assert together.returncode == 0, together.stderr.decode()
-    assert together.stdout.decode().count("corpus: ") == 1  # the first process alone prints
+    environment["STOP_AT"] = stop_at
+    command += [tmp_path / "together.py", *flags]
+    return subprocess.run(command, capture_output=True, env=environment, timeout=120, text=True)
+
+
+@pytest.mark.skipif(not has_loopback(), reason="no loopback network")
+def test_two_processes_that_share_the_weights_train_and_score_as_one(tiny, capsys, tmp_path):
+    flags = ["--loss", "all", "--dtype", "float32", *tiny]
+    together = run_together(tmp_path, flags)
+    assert together.returncode == 0, together.stderr
+    assert together.stdout.count("corpus: ") == 1  # the first process alone prints
     run([*flags[:-3], str(tmp_path / "alone"), "--device", "cpu"], capsys)
-    rows = [
-        json.loads((tmp_path / folder / "results.json").read_text()) for folder in ("out", "alone")
-    ]
+    folders = [tmp_path / folder for folder in ("out", "alone")]
+    rows = [json.loads((folder / "results.json").read_text()) for folder in folders]
     for two, one in zip(*rows, strict=True):
         for name in SCORES:
             assert two[name] == pytest.approx(one[name], rel=1e-4)
     for loss in tsld.LOSSES:
-        weights = [
-            tsld.read_file(tmp_path / folder / f"student-{loss}.pt")["model"]
-            for folder in ("out", "alone")
-        ]
-        torch.testing.assert_close(
-            weights[0]["wte.weight"], weights[1]["wte.weight"], rtol=1e-3, atol=1e-4
-        )
+        files = [tsld.read_file(folder / f"student-{loss}.pt") for folder in folders]
+        assert files[0]["step"] == files[1]["step"] == 6
+        for name, weight in files[0]["model"].items():
+            torch.testing.assert_close(weight, files[1]["model"][name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.skipif(not has_loopback(), reason="no loopback network")
+def test_what_two_processes_left_off_one_resumes(tiny, capsys, tmp_path):
+    flags = ["--loss", "l2l", "--dtype", "float32", *tiny]
+    stopped = run_together(tmp_path, flags, stop_at="student, l2l: step 2/6")
+    assert "stopped after step 2 of 6; go on with the same command and --resume" in stopped.stderr
+    resumed = run([*flags, "--resume"], capsys)
+    assert "student, l2l: step 6/6" in resumed and "student, l2l: step 2/6" not in resumed
+    run([*flags[:-3], str(tmp_path / "alone"), "--device", "cpu"], capsys)
+    files = [tsld.read_file(tmp_path / f / "student-l2l.pt") for f in ("out", "alone")]
+    for name, weight in files[0]["model"].items():
+        torch.testing.assert_close(weight, files[1]["model"][name], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
