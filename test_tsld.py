@@ -212,6 +212,15 @@ def test_token_scale_is_a_softmax_over_each_sequence_that_grows_with_the_teacher
             tsld.token_scale(ce, temperature)
 
 
+def test_the_four_lines_of_the_readme_are_the_loss():
+    student, teacher, targets = example()
+    names = {"F": F, "student_logits": student, "teacher_logits": teacher, "targets": targets}
+    names["temperature"] = 10.0
+    exec((HERE / "README.md").read_text().split("```python\n")[1].split("```")[0], names)
+    expected = loss64("tsld", terms64(student, teacher, targets))
+    assert names["loss"].item() == pytest.approx(expected, rel=1e-6)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 10.0, math.inf])
 def test_gradient_of_tsld_is_scale_times_difference_of_distributions(temperature):
     student, teacher, targets = example()
@@ -2528,7 +2537,7 @@ def test_the_recipe_in_the_readme_runs_as_written(theirs, tmp_path, monkeypatch,
         )
     monkeypatch.chdir(tmp_path)
     Path("text.txt").write_text(WORDS * 60)
-    recipe = (HERE / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    recipe = (HERE / "README.md").read_text().split("```python\n")[2].split("```")[0]
     assert "facebook/opt-125m" in recipe
     names = {}
     exec(recipe, names)

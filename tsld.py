@@ -4,10 +4,10 @@ After Kim et al., "Token-Scaled Logit Distillation for Ternary Weight Generative
 NeurIPS 2023 (arXiv:2308.06744). The authors' own program is github.com/aiha-lab/TSLD.
 
 A language model spends its time reading weights from memory. When every weight is -α, 0 or +α, it
-takes 2 bits instead of 32, and a matrix product needs additions alone. But rounding a trained model
-that coarsely destroys it. So the ternary *student* is trained with the rounding in the loop
-(quantization-aware training, QAT), and learns to give the same next-token distribution as its
-full-precision *teacher* (distillation). TSLD says how much each token of a text counts:
+takes 2 bits instead of 32, and a matrix product needs additions, and one product by α per output.
+But rounding a trained model that coarsely destroys it. So the ternary *student* is trained with the
+rounding in the loop (quantization-aware training, QAT), and learns to give the same next-token
+distribution as its full-precision *teacher* (distillation). TSLD says how much each token counts:
 
     L = Σ_n  softmax_n( -Σ_i y_ni log P^T_ni / τ )  ·  Σ_i -P^T_ni log P^S_ni
              └─ token_scale: how unsure the     ┘      └─ kd: cross-entropy of ┘
@@ -83,9 +83,9 @@ class TrainingDiverged(ArithmeticError):
 # 1. Losses
 #
 # Rounding errors add up. Attention at position n mixes the errors of all positions up to n, and
-# each block hands its errors on to the next. The logits stand at the end of that chain. A loss on
-# them sees the accumulated error; a loss on each layer by itself does not. Every loss here weighs
-# the same three numbers per token, each (B, T), in nats.
+# each block hands its errors on to the next. The logits stand at the end of that chain: a loss on
+# them sees all of the accumulated error, where it counts. Every loss here weighs three numbers per
+# token, each (B, T), in nats; L2L adds one number for the layers.
 
 LOSSES = ("gt", "logit", "l2l", "logit_gt", "tsld")
 
@@ -115,7 +115,7 @@ def per_token_terms(student_logits, teacher_logits, targets):
 def token_scale(ce_teacher, temperature=10.0):
     """softmax_n(ce_teacher / τ): how much each token of a sequence counts. It runs over the N
     tokens of one sequence, not over the vocabulary and not over the batch.
-    ce_teacher: (B, T) in nats -> (B, T), rows sum to 1, a constant to the gradient. At τ = 1 the
+    ce_teacher: (B, T) in nats -> (B, T), rows sum to 1, detached. At τ = 1 the
     weights are proportional to 1 / P^T[y_n]; at math.inf all are 1/N, which is plain logit
     distillation. ValueError: a temperature not above 0."""
     if not temperature > 0:
@@ -129,8 +129,8 @@ def tsld_loss(terms, temperature=10.0, gt_weight=0.0):
 
     Its gradient for the student's logits at token n is w_n (P^S_n - P^T_n) / B: the scale says how
     hard a token pulls, not where to. Where the teacher is sure of the true token, P^T_n is nearly
-    the one-hot label. Distillation and ground truth say the same there, their gradients add up, and
-    the student learns the text by heart. TSLD makes exactly these tokens count less.
+    the one-hot label. There ground truth and distillation pull the same way, their gradients add
+    up, and the student learns the text by heart. TSLD makes exactly these tokens count less.
     The authors' program sums over a batch of 4 and adds the ground-truth loss: up to a factor that
     is gt_weight = 0.25. The printed formula has neither sum nor label, and is the default."""
     w = token_scale(terms.ce_teacher, temperature)  # (B, T)
@@ -211,7 +211,7 @@ def quantize_int4(weight, granularity="tensor"):
     """Asymmetric 4-bit round-to-nearest, w ≈ scale · (codes - zero_point): the W4 rows of table 1.
 
         low = min(w, 0)   high = max(w, 0)   scale = (high - low) / 15
-        zero_point = round(-low / scale)     codes = round(w / scale) + zero_point, in 0..15
+        zero_point = round(-low / scale)     codes = round(w / scale) + zero_point, clamped to 0..15
 
     The range includes 0, so 0 stays exactly 0 and weights all of one sign are not clipped.
     weight: (out, in), any float dtype. Returns codes, uint8 (out, in), and float32 scale and int32
@@ -310,8 +310,8 @@ def _output_heads(model):
 
 
 def load_tensors(path):
-    """What torch.save wrote, on the CPU. CheckpointError: damaged, or more than plain values, which
-    could run code; none of it is run."""
+    """What torch.save wrote, on the CPU. CheckpointError: the file is damaged, or could run code,
+    which it then does not."""
     with open(path, "rb") as file:
         try:
             return torch.load(file, map_location="cpu", weights_only=True)
@@ -393,7 +393,7 @@ class GPT(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.wte.weight
-        for name, parameter in self.named_parameters():  # GPT-2's initialization
+        for name, parameter in self.named_parameters():  # as transformers initializes GPT-2
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
             elif "ln_" not in name:
@@ -436,7 +436,7 @@ class GPT(nn.Module):
         (B, T), config, was_training = ids.shape, self.config, self.training
         if T == 0 or T + max_new_tokens > config.block_size:
             asked = f"a prompt of {T} tokens and {max_new_tokens} new ones"
-            raise ValueError(f"{asked}: it takes 1, and at most block_size {config.block_size}")
+            raise ValueError(f"{asked} are not 1 to block_size {config.block_size} tokens")
         if temperature < 0 or top_k is not None and top_k < 1:
             raise ValueError(f"temperature {temperature} is below 0, or top_k {top_k} below 1")
         shape = (2, B, config.n_head, T + max_new_tokens, config.n_embd // config.n_head)
@@ -565,7 +565,7 @@ def make_optimizer(model, config):
 def training_loss(student, teacher, ids, targets, config, lean=False):
     """config.loss of one batch, ids and targets (B, T): both models forward, the terms, the loss.
     The models are our GPTs, or causal language models of transformers. lean: the same value from
-    lean_loss (room 6), for models with hidden(ids) and lm_head, and every loss but "l2l"."""
+    lean_loss (section 6), for models with hidden(ids) and lm_head, and every loss but "l2l"."""
     setting = config.temperature, config.gt_weight
     if lean:
         with torch.no_grad():
@@ -587,25 +587,25 @@ def training_loss(student, teacher, ids, targets, config, lean=False):
 
 
 def train(student, tokens, config, teacher=None, optimizer=None, start=0):
-    """Trains `student` in place on random pieces of `tokens`, int64 (n,), on the CPU, and yields
+    """Trains `student` in place on random pieces of `tokens`, an int64 CPU tensor (n,), and yields
     (step, loss) after each step: 1-based, in nats. The loss "gt" needs no teacher.
     student, teacher: GPTs, or causal language models of transformers, which need config.block_size.
-    optimizer, start: go on after `start` steps with the optimizer of then, to the weights of a run
-    without interruption. Several processes (torch.distributed) take their shares of every batch.
+    optimizer, start: resume after `start` steps; the result equals that of an uninterrupted run.
+    Processes whose models are spread over them (fully_shard) take their shares of every batch.
     ValueError, at the first step: something is missing, or does not fit. TrainingDiverged: a NaN or
     infinite loss or gradient, before it reaches the weights."""
     device = next(student.parameters()).device
     block_size = config.block_size or getattr(student.config, "block_size", None)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if block_size is None or len(tokens) <= block_size:
-        raise ValueError(f"{len(tokens)} tokens, but it takes more than block_size {block_size}")
+        raise ValueError(f"{len(tokens)} tokens are too few for pieces of block_size {block_size}")
     if teacher is None and config.loss != "gt":
         raise ValueError(f"the loss {config.loss!r} needs a teacher")
     if config.batch_size % (world * config.accumulate):
         shares = f"{world} processes times {config.accumulate} parts"
         raise ValueError(f"a batch of {config.batch_size} sequences does not divide into {shares}")
     optimizer = optimizer or make_optimizer(student, config)
-    lean = config.loss != "l2l" and hasattr(student, "hidden")
+    lean = config.loss != "l2l" and all(hasattr(m, "hidden") for m in (student, teacher or student))
     if teacher is not None:
         teacher.eval()
     student.train()
@@ -686,7 +686,7 @@ def pack_ternary(codes):
     (out, width), K = codes.shape, math.ceil(codes.shape[1] / 4)
     size = 4 if K % 4 == 0 else 1  # bytes in a unit
     bits = F.pad(codes & 3, (0, 4 * K - width)).to(torch.uint8).view(out, size, 4, K // size)
-    packed = sum(bits[:, :, j] << 2 * j for j in range(4))  # (out, size, U): byte b of unit i
+    packed = sum(bits[:, :, j] << 2 * j for j in range(4))  # (out, size, U): code 4 b + j of unit i
     return packed.transpose(1, 2).reshape(out, K)
 
 
@@ -702,7 +702,7 @@ def ternary_matmul(x, packed, scale):
     """x @ (scale · codes).T from the packed bytes; activations stay in floating point (W2A16).
     x: (..., in), any float dtype; packed: uint8 (out, ceil(in / 4)); scale: float32, (1, 1) or
     (out, 1). Returns (..., out) in x's dtype, accumulated in float32. ValueError: another width.
-    For one row of x, reading the weights dominates the time: C (room 6) adds and subtracts. For
+    For one row of x, reading the weights dominates the time: C (section 6) adds and subtracts. For
     many rows, and where C is not to be had, the dense product of a few unpacked outputs at a time
     is faster, though it multiplies by -1, 0 and 1."""
     (out, K), width = packed.shape, x.shape[-1]
@@ -744,7 +744,7 @@ class HalfHead(nn.Module):
 
     def forward(self, x):  # (..., C) -> (..., V) float32
         rows = x.reshape(-1, x.shape[-1]).float()
-        if len(rows) == 1 and _can_use_c(x):
+        if len(rows) == 1 and self.weight.dtype == torch.float16 and _can_use_c(x):
             return _in_c("half_product", rows[0], self.weight).view(*x.shape[:-1], -1)
         y = torch.cat([rows @ part.float().t() for part in self.weight.split(4096)], dim=1)
         return y.view(*x.shape[:-1], -1)
@@ -764,7 +764,7 @@ def pack_model(model):
     return model.requires_grad_(False).eval()
 
 
-PACKED_FORMAT = "tsld packed 2"  # 1 kept a code as code + 1
+PACKED_FORMAT = "tsld packed 2"  # format 1 stored code + 1
 
 
 def save_model(path, model):
@@ -793,7 +793,7 @@ def _own_tensors(model):
 
 
 def load_model(path, into=None):
-    """Reads what save_model wrote; the model is in eval mode and has nothing to train. into: the
+    """Reads what save_model wrote, onto the CPU, in eval mode, with nothing to train. into: the
     module to fill in place, full-precision or quantized, for models that are not our GPT. Our GPT
     keeps its embeddings in float16; other models get them in the dtype they have.
     CheckpointError: truncated, altered, foreign, or of a model with other layers."""
@@ -852,7 +852,7 @@ def read_file(path):
 #
 # For GPT-2's vocabulary the logits are by far the largest tensors of a training step. lean_loss
 # takes a few rows of them at a time, and the loss's gradient while they are there.
-SCRATCH_BYTES = 2**27  # the float32 logits of one model that are there at a time
+SCRATCH_BYTES = 2**27  # of the float32 logits of one model that are held at once
 
 
 def lean_loss(
@@ -872,26 +872,26 @@ def lean_loss(
 
 
 class _LeanLoss(torch.autograd.Function):
-    """N = B · T tokens. h (N, C) and w (V, C) are the student's hidden and head in the type that
-    products are taken in, H and W the teacher's. All losses have the form Σ_n a_n · kd_n +
-    b_n · ce_student_n. With logits z = h @ w.T their gradients are
+    """hs (BT, C) and ws (V, C) are the student's hidden and head, in the type that products are
+    taken in, ht and wt the teacher's. All losses but L2L have the form Σ_n a_n · kd_n +
+    b_n · ce_student_n. With logits z = hs @ ws.T their gradients are
         ∂L/∂z_ni = a_n (P^S_ni - P^T_ni) + b_n (P^S_ni - y_ni)
-        ∂L/∂h = ∂L/∂z @ w        ∂L/∂w = ∂L/∂z.T @ h"""
+        ∂L/∂hs = ∂L/∂z @ ws        ∂L/∂ws = ∂L/∂z.T @ hs"""
     @staticmethod
     def forward(ctx, hidden, head, teacher_hidden, teacher_head, targets, name, *setting):
         (B, T), kind = targets.shape, hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.dtype
         models = hidden, head, teacher_hidden, teacher_head
-        h, w, H, W = (None if x is None else x.flatten(0, -2).to(dtype) for x in models)
-        y = targets.reshape(-1, 1)  # (N, 1)
-        rows = max(1, SCRATCH_BYTES // (4 * len(w)))
+        hs, ws, ht, wt = (None if x is None else x.flatten(0, -2).to(dtype) for x in models)
+        y = targets.reshape(-1, 1)  # (BT, 1)
+        rows = max(1, SCRATCH_BYTES // (4 * len(ws)))
         rows = min(B * T, rows - rows % T or rows)  # whole sequences, where one fits
         pieces = [slice(begin, begin + rows) for begin in range(0, B * T, rows)]
-        ce_student, ce_teacher, kd = torch.zeros(3, B * T, device=h.device)
-        grad_h, grad_w = (torch.zeros_like(x, dtype=torch.float32) for x in (h, w))
-        scratch = torch.empty(1 if H is None else 2, rows, len(w), device=h.device)
+        ce_student, ce_teacher, kd = torch.zeros(3, B * T, device=hs.device)
+        grad_hs, grad_ws = (torch.zeros_like(x, dtype=torch.float32) for x in (hs, ws))
+        scratch = torch.empty(1 if ht is None else 2, rows, len(ws), device=hs.device)
 
-        def log_probabilities(hidden, head, z, ce, piece):  # -> (R, V); the true tokens' into ce
+        def log_probabilities(hidden, head, z, ce, piece):  # -> (rows, V), and fills in ce
             z = z[: len(hidden[piece])]  # memory that is used again is faster than new memory
             if dtype == torch.float32:
                 torch.mm(hidden[piece], head.t(), out=z)
@@ -902,30 +902,30 @@ class _LeanLoss(torch.autograd.Function):
             return z
 
         with torch.autocast(kind, enabled=False):
-            if H is not None and rows < T:  # a token's weight depends on its whole sequence
+            if ht is not None and rows < T:  # a token's weight depends on its whole sequence
                 for piece in pieces:
-                    log_probabilities(H, W, scratch[1], ce_teacher, piece)
+                    log_probabilities(ht, wt, scratch[1], ce_teacher, piece)
             for piece in pieces:
-                log_p = log_probabilities(h, w, scratch[0], ce_student, piece)
-                if H is not None:
-                    P = log_probabilities(H, W, scratch[1], ce_teacher, piece)
+                log_p = log_probabilities(hs, ws, scratch[0], ce_student, piece)
+                if ht is not None:
+                    P = log_probabilities(ht, wt, scratch[1], ce_teacher, piece)
                     P = torch.softmax(P, dim=-1, out=P)  # exp, but faster on CPUs
                     kd[piece] = -torch.einsum("ni,ni->n", P, log_p)
-                with torch.enable_grad():  # a = ∂L/∂kd and b = ∂L/∂ce_student, whatever these are
-                    x = torch.zeros(2, B, T, device=h.device, requires_grad=True)
+                with torch.enable_grad():  # a = ∂L/∂kd, b = ∂L/∂ce_student: at 0, as L is linear
+                    x = torch.zeros(2, B, T, device=hs.device, requires_grad=True)
                     terms = Terms(x[1], ce_teacher.view(B, T), x[0])
                     (ab,) = torch.autograd.grad(distillation_loss(name, terms, *setting), x)
-                a, b = ab.view(2, -1, 1)[:, piece]  # each (R, 1)
+                a, b = ab.view(2, -1, 1)[:, piece]  # each (rows, 1)
                 grad_z = torch.softmax(log_p, dim=-1, out=log_p).mul_(a + b)
-                if H is not None:
+                if ht is not None:
                     grad_z.addcmul_(P, a, value=-1)
                 grad_z = grad_z.scatter_add_(1, y[piece], -b).to(dtype)
-                grad_h[piece] = grad_z @ w
+                grad_hs[piece] = grad_z @ ws
                 if dtype == torch.float32:
-                    grad_w.addmm_(grad_z.t(), h[piece])
+                    grad_ws.addmm_(grad_z.t(), hs[piece])
                 else:
-                    grad_w += grad_z.t() @ h[piece]
-        ctx.gradients = grad_h.view(hidden.shape).to(hidden.dtype), grad_w.to(head.dtype)
+                    grad_ws += grad_z.t() @ hs[piece]
+        ctx.gradients = grad_hs.view(hidden.shape).to(hidden.dtype), grad_ws.to(head.dtype)
         terms = Terms(*(x.view(B, T) for x in (ce_student, ce_teacher, kd)))
         return distillation_loss(name, terms, *setting)
 
@@ -994,7 +994,7 @@ def _can_use_c(x):
 
 def _in_c(function, x, weight):
     """x: float32; weight: (out, n); -> float32 (out,)."""
-    x, weight, y = x.contiguous(), weight.contiguous(), torch.empty(len(weight))
+    x, weight, y = x.contiguous(), weight.contiguous(), x.new_empty(len(weight))
     pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (x, weight, y))
     getattr(c_library(), function)(*pointers, *map(ctypes.c_long, weight.shape))
     return y
