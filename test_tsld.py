@@ -968,7 +968,7 @@ def test_what_training_lacks_is_refused_by_name():
     model = micro_gpt()
     for config, tokens, teacher, words in (
         (BRIEF, TEXT, None, "'tsld' needs a teacher"),
-        (BRIEF, TEXT[:8], micro_gpt(), "8 tokens, but it takes more than block_size 8"),
+        (BRIEF, TEXT[:8], micro_gpt(), "8 tokens are too few for pieces of block_size 8"),
         (
             replace(BRIEF, batch_size=6, accumulate=4),
             TEXT,
@@ -980,7 +980,7 @@ def test_what_training_lacks_is_refused_by_name():
             next(tsld.train(model, tokens, config, teacher))
     foreign = nn.Linear(2, 2)
     foreign.config = object()
-    with pytest.raises(ValueError, match="more than block_size None"):
+    with pytest.raises(ValueError, match="pieces of block_size None"):
         next(tsld.train(foreign, TEXT, replace(BRIEF, loss="gt")))
 
 
