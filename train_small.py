@@ -139,7 +139,7 @@ def set_up(args):
 
 
 def score(setup, model, parts=("valid", "test")):
-    """Part to perplexity per token, and to bits per byte. UserError: not a finite number."""
+    """Part to perplexity per token, and to bits per byte. TrainingDiverged: it is not finite."""
     model, scores = spread(model, setup.device), {}
     for part in parts:
         nats = tsld.evaluate(model, setup.tokens[part], setup.student.block_size)
@@ -241,16 +241,16 @@ def train_teacher(setup):
 def frozen_teacher(setup, teacher, scores):
     """The teacher as the students see it: where products are taken in bfloat16, stored in it, if
     its validation perplexity is then the same to three digits."""
-    frozen, exact = copy.deepcopy(teacher), scores["valid"]["ppl"]
-    frozen.fingerprint = fingerprint(teacher.parameters())  # for the students' checkpoints
+    frozen, exact = teacher, scores["valid"]["ppl"]
     if setup.student.dtype == "bfloat16":
-        half = copy.deepcopy(frozen).to(torch.bfloat16)
+        half = copy.deepcopy(teacher).to(torch.bfloat16)
         rounded = score(setup, half, ["valid"])["valid"]["ppl"]
         same = math.isclose(rounded, exact, rel_tol=5e-4)
         stored = "bfloat16" if same else "float32; in bfloat16"
         figures = f"perplexity {rounded:.2f}, in float32 {exact:.2f}"
         print(f"teacher for distillation: {stored} ({figures})", flush=True)
-        frozen = half if same else frozen
+        frozen = half if same else teacher
+    frozen.fingerprint = fingerprint(teacher.parameters())  # for the students' checkpoints
     return spread(frozen, setup.device)
 
 
