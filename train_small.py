@@ -392,13 +392,13 @@ GPT2 = Preset(
     student_epochs=90,
 )
 PRESETS = {
-    # Minutes on two CPU cores, and the paper's situation in small: a teacher that has seen far more
+    # Under five minutes on two CPU cores, and the paper's situation in small: a teacher that has seen far more
     # text than the student does. More epochs than 11 would only teach it a small text by heart.
     "tiny": Preset(
         gpt=GPTConfig(block_size=128, vocab_size=2048, n_layer=6, n_head=4, n_embd=128),
         tokenizer="bpe2048",
-        teacher=TrainConfig(loss="gt", steps=1000, batch_size=32, lr=4e-3),
-        student=TrainConfig(steps=400, batch_size=32, lr=1e-3, temperature=20.0),
+        teacher=TrainConfig(loss="gt", steps=350, batch_size=32, lr=4e-3),
+        student=TrainConfig(steps=100, batch_size=32, lr=1e-3, temperature=20.0),
         lr_4bit=1e-4,
         teacher_epochs=11,
         student_tokens=100_000,
@@ -703,10 +703,10 @@ FLAGS = {
          "how much of the training text the student sees (default 100000 for tiny, else all)"),
     ],
     "training": [
-        ("steps", None, {"type": count}, "of the student (default 400 for tiny, else 90 epochs); "
+        ("steps", None, {"type": count}, "of the student (default 100 for tiny, else 90 epochs); "
          "fewer shorten the teacher's as well"),
-        ("teacher-steps", None, {"type": count}, "of the teacher (default 1000 or 11 epochs for "
-         "tiny, else 3 epochs)"),
+        ("teacher-steps", None, {"type": count}, "of the teacher (default 350 for tiny, at "
+         "most 11 epochs, else 3 epochs)"),
         ("batch-size", None, {"type": count}, "of the student, in sequences (default 32 for tiny, "
          "else 4)"),
         ("accumulate", 1, {"type": count}, "parts that a batch is taken in, to save memory"),

@@ -5,7 +5,8 @@ row.
     python -m data.evidence.bench training      # a training step with each of the losses
     python -m data.evidence.bench memory        # what the paper's models take, on paper
 
-Any other load on the machine spoils the figures."""
+Any other load on the machine spoils the figures. So does a virtual machine that puts two threads on
+one processor, where they wait for each other: OMP_PROC_BIND=true before the command prevents it."""
 
 import collections
 import copy
