@@ -129,19 +129,20 @@ class Figures:
         return watch
 
     def sentence(self):
-        """The tokens of the first whole line of 12 tokens or more in the validation text's first
-        block, what the teacher gave each of them, and how much TSLD makes it count: N times its
+        """The tokens of the first whole line in the validation text of 12 to 40 tokens and no
+        <unk>, what the teacher gave each of them, and how much TSLD makes it count: N times its
         weight."""
         decode = self.setup.source.tokenizer.decode
-        words = [decode([token]) for token in self.targets[0].tolist()]
-        ends = [n for n, word in enumerate(words) if "\n" in word] or [-1]
-        lines = [slice(a + 1, b) for a, b in zip(ends, ends[1:] + [len(words)])]
-        line = next((line for line in lines if line.stop - line.start >= 12), lines[0])
-        scale = (
-            len(words) * tsld.token_scale(self.ce["teacher"][:1], self.setup.student.temperature)[0]
-        )
-        p = (-self.ce["teacher"][0, line]).exp().tolist()
-        return {"token": words[line], "probability": p, "count": scale[line].tolist()}
+        scale = tsld.token_scale(self.ce["teacher"], self.setup.student.temperature)
+        for block, ids in enumerate(self.targets.tolist()):
+            words = [decode([token]) for token in ids]
+            ends = [n for n, word in enumerate(words) if "\n" in word]
+            for line in (slice(a + 1, b) for a, b in zip(ends, ends[1:])):
+                if 12 <= line.stop - line.start <= 40 and "unk" not in "".join(words[line]):
+                    p = (-self.ce["teacher"][block, line]).exp().tolist()
+                    count = (len(words) * scale[block, line]).tolist()
+                    return {"token": words[line], "probability": p, "count": count}
+        return {"token": [], "probability": [], "count": []}
 
     def draw(self):
         positions = range(1, self.ids.shape[1] + 1)
@@ -266,7 +267,10 @@ def draw_sentence(plt, axis, token, probability, count):
     """Tokens in lines as they are read, shaded by what they count, the teacher's probability
     below."""
     width, x, y = 46, 0.0, 0
-    norm, colours = plt.Normalize(min(count), max(count)), plt.get_cmap("YlGn")
+    norm, colours = (
+        plt.Normalize(min(count, default=0), max(count, default=1)),
+        plt.get_cmap("YlGn"),
+    )
     for word, p, c in zip(token, probability, count):
         size = max(len(word.strip()), 3) + 1.5  # in characters
         if x + size > width:
@@ -275,10 +279,14 @@ def draw_sentence(plt, axis, token, probability, count):
         dark = "white" if norm(c) > 0.6 else "black"
         place = {"ha": "center", "va": "center", "family": "monospace", "color": dark}
         axis.text(x + size / 2 - 0.15, y + 0.5, word.strip(), fontsize=10, **place)
-        axis.text(x + size / 2 - 0.15, y + 0.17, f"{p:.2g}", fontsize=7, **place)
+        axis.text(
+            x + size / 2 - 0.15, y + 0.17, f"{p:.2f}" if p >= 0.01 else "<.01", fontsize=7, **place
+        )
         x += size
     axis.set(xlim=(0, width), ylim=(y - 0.2, 1), xticks=[], yticks=[])
-    axis.set_title("how much TSLD makes a token count; below: the teacher's probability", fontsize=11)
+    axis.set_title(
+        "how much TSLD makes a token count; below: the teacher's probability", fontsize=11
+    )
     mappable = plt.cm.ScalarMappable(norm, colours)
     axis.figure.colorbar(mappable, ax=axis, label="N · w_n: 1 is what it counts without scaling")
 
