@@ -640,6 +640,14 @@ def test_dropout_acts_in_training_alone_and_keeps_the_mean():
     torch.testing.assert_close(mean, mlp.eval()(x)[0], rtol=0.1, atol=0.1)
 
 
+def test_token_by_token_with_a_cache_hidden_is_what_it_is_for_the_whole_sequence():
+    model, ids = micro_gpt(), micro_ids(B=3)
+    cache = [torch.zeros(2, 3, MICRO.n_head, 8, 6) for _ in range(MICRO.n_layer)]
+    parts = [model.hidden(ids[:, :3], cache)]
+    parts += [model.hidden(ids[:, n : n + 1], cache, n) for n in range(3, 8)]
+    torch.testing.assert_close(torch.cat(parts, 1), model.hidden(ids), rtol=1e-4, atol=1e-5)
+
+
 def test_greedy_generation_is_the_cache_free_argmax():
     model, ids = micro_gpt(), micro_ids(B=3, T=2)
     expected = ids
