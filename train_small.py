@@ -392,8 +392,8 @@ GPT2 = Preset(
     student_epochs=90,
 )
 PRESETS = {
-    # Under five minutes on two CPU cores; the paper's situation in small: a teacher that saw far more
-    # text than the student does. More epochs than 11 would only teach it a small text by heart.
+    # Under five minutes on two CPU cores; the paper's situation in small: a teacher that saw far
+    # more text than the student. More than 11 epochs would only teach it a small text by heart.
     "tiny": Preset(
         gpt=GPTConfig(block_size=128, vocab_size=2048, n_layer=6, n_head=4, n_embd=128),
         tokenizer="bpe2048",
