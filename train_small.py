@@ -290,12 +290,12 @@ def train(setup, label, model, tokens, config, path, resume, teacher=None, watch
             steps = tsld.train(trained, tokens, config, teacher, optimizer, start)
             for step, loss in steps:
                 now = time.monotonic()
-                if step > start + 1:  # the first step of a run is slower, and does not count
+                if step == start + 1:
+                    first = now  # this step of a run is slower, and does not count
+                else:
                     rate = (step - start - 1) / (now - first)
                     left = time_left((config.steps - step) / rate)
                     speed = f"{rate * per_step:,.0f} tokens/s, {left} left"
-                else:
-                    first = now
                 line = f"{label}: step {step}/{config.steps}, loss {loss:.3f}, {speed}"
                 show_progress(line, step == config.steps)
                 if watch is not None:
