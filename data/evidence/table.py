@@ -111,7 +111,7 @@ def untrained(setup, teacher, method):
     return {"OPTQ": baselines.optq, "AWQ": baselines.awq}[method](teacher, text)
 
 
-def where_and_when():
+def where_and_when(module="table"):
     """What a result needs beside it to be believed."""
     commit = "unknown"
     if shutil.which("git"):
@@ -123,7 +123,7 @@ def where_and_when():
     if torch.cuda.is_available():
         machine = torch.cuda.get_device_name()
     return {
-        "command": " ".join(["python -m data.evidence.table", *sys.argv[1:]]),
+        "command": " ".join([f"python -m data.evidence.{module}", *sys.argv[1:]]),
         "commit": commit,
         "machine": f"{machine}, torch {torch.__version__}",
         "date": datetime.date.today().isoformat(),

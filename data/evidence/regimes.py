@@ -1,0 +1,133 @@
+"""When does the ground truth help distillation, and when does the token scale? The paper's regime:
+a teacher pretrained on other text and fine-tuned for a few epochs on the very text that its student
+then sees. The teacher's epochs, the ground truth's weight and the token scale are varied.
+
+    python -m data.evidence.regimes --seed 0    # one more seed, to data/evidence/regimes-0.json
+    python -m data.evidence.regimes draw        # all seeds' rows as tables, and the figure
+
+It may be stopped and started again: rows that are there stay. Seeds are independent, and two of
+them share two cores best as two processes of one thread (OMP_NUM_THREADS=1), once the first one has
+made the pretrained model."""
+
+import copy
+import json
+import math
+import re
+import statistics
+import sys
+from dataclasses import asdict, replace
+from itertools import product
+from pathlib import Path
+
+import torch
+
+import train_small
+import tsld
+from data import tasks
+from data.evidence.table import FOLDER, where_and_when
+from tsld import TrainConfig
+
+# The shape, vocabulary and student of the preset tiny, the Penn Treebank's first 100,000 tokens.
+PRETRAINING = TrainConfig(loss="gt", steps=1600, batch_size=32, lr=4e-3)
+FINE_TUNING = TrainConfig(loss="gt", batch_size=32, lr=1e-3)
+TEACHERS = (3, 12, 24, 1, 6)  # epochs of fine-tuning, in the order in which they are taken
+# Temperature of the token scale (∞: none) and weight of the ground truth.
+MIXES = [*product((math.inf, 10.0), (0.0, 1 / 16, 1 / 4, 1.0))]
+# Bits, the student's epochs, the teachers, the mixes.
+MAP = (
+    (2, 16, TEACHERS, MIXES),
+    (4, 16, TEACHERS[:3], MIXES),
+    (2, 16, (3, 24), [*product((1.0, 2.0, 5.0, 20.0), (0.0, 1 / 4))]),
+    (2, 64, (3, 24), MIXES),
+)
+TAKES = {"seed", "out", "dtype", "device"}
+
+
+def main(argv):
+    if argv == ["draw"]:
+        return draw(read_rows())
+    about = "The map of teachers and mixes, for one seed."
+    args = train_small.parse(argv, TAKES, about, data="ptb", model="tiny", out="out/regimes")
+    args.resume = True  # a student that was interrupted
+    setup = train_small.set_up(args)
+    path = FOLDER / f"regimes-{args.seed}.json"
+    rows = json.loads(path.read_text()) if path.exists() else []
+    wanted = [
+        {"bits": bits, "epochs": epochs, "teacher_epochs": of_teacher, "temperature": temperature}
+        | {"gt_weight": gt_weight, "seed": args.seed}
+        for bits, epochs, teachers, mixes in MAP
+        for of_teacher in teachers
+        for temperature, gt_weight in mixes
+    ]
+    known = [{key: row[key] for key in wanted[0]} for row in rows]
+    for number, setting in enumerate(wanted, 1):
+        if setting in known:
+            continue
+        print(f"{number} of {len(wanted)}: {setting}", flush=True)
+        rows.append(setting | measure(setup, **setting) | where_and_when("regimes"))
+        train_small.write_text(path, json.dumps(rows, indent=1) + "\n")
+    draw(read_rows())
+
+
+def measure(setup, bits, epochs, teacher_epochs, temperature, gt_weight, seed):
+    """Perplexities of the teacher, of the rounded teacher, and of the student after training."""
+    teacher = fine_tuned(setup, teacher_epochs)
+    scores = {"teacher": train_small.score(setup, teacher)}
+    rounded = tsld.quantize_model(copy.deepcopy(teacher), bits)
+    scores["rounded"] = train_small.score(setup, rounded)
+    config = replace(setup.student, temperature=temperature, gt_weight=gt_weight)
+    config.steps = steps(epochs, config, setup.tokens["student"])
+    config.lr = train_small.student_lr(setup.source.preset, bits)
+    frozen = train_small.frozen_teacher(setup, teacher, scores["teacher"])
+    name = f"seed-{seed}"
+    student = tsld.quantize_model(copy.deepcopy(teacher), bits)
+    _, scores["student"] = train_small.train_student(setup, student, config, frozen, name)
+    for file in Path(setup.args.out).glob(f"student-{name}.*pt"):
+        file.unlink()  # its row is all that is needed
+    measured = {f"{who}_{part}_ppl": x["ppl"] for who in scores for part, x in scores[who].items()}
+    return measured | {"config": asdict(config)}
+
+
+def steps(epochs, config, tokens):
+    return round(epochs * len(tokens) / (config.batch_size * config.block_size))
+
+
+def fine_tuned(setup, epochs):
+    """The pretrained model after so many epochs of the student's text."""
+    model, out = copy.deepcopy(setup.source.model), Path(setup.args.out)
+    size = {"dtype": setup.teacher.dtype, "block_size": setup.teacher.block_size}
+    config = replace(PRETRAINING, **size)
+    tokens = other_text(setup.source.tokenizer)
+    train_small.train(setup, "pretraining", model, tokens, config, out / "pretrained.pt", True)
+    config = replace(FINE_TUNING, **size, seed=setup.args.seed)
+    tokens = setup.tokens["student"]
+    config.steps = steps(epochs, config, tokens)
+    path = out / f"teacher-{epochs}-epochs-seed-{config.seed}.pt"
+    train_small.train(setup, f"teacher, {epochs} epochs", model, tokens, config, path, True)
+    return model
+
+
+def other_text(tokenizer):
+    """The training examples of all tasks without the prompts' own words, in lower case as the Penn
+    Treebank: what a pretrained model's text is to the one that it is fine-tuned on."""
+    lines = []
+    for task, (prompt, choices) in tasks.PROMPTS.items():
+        fixed = "|".join(re.escape(s) for s in re.split(r"\{.?\}", prompt) if s.strip())
+        for example in tasks.load_task(task)[0]:
+            text = re.sub(fixed, " ", example.prompt) if fixed else example.prompt
+            lines.append(text if choices else f"{text} {example.choices[example.answer]}")
+    text = "\n".join(" ".join(line.split()).lower() for line in lines)
+    return torch.tensor(tokenizer.encode_ordinary(text))
+
+
+def read_rows():
+    files = sorted(FOLDER.glob("regimes-*.json"))
+    return [row for file in files for row in json.loads(file.read_text())]
+
+
+def draw(rows):
+    pass
+
+
+if __name__ == "__main__":
+    sys.exit(train_small.main(sys.argv[1:], main))

@@ -1,0 +1,153 @@
+"""The nine data sets of the paper's task tables, as prompts, choices and answers, and their scores.
+
+Their files are found in data/downloads/, or downloaded into it once; README.md beside this file
+says where they come from. The prompts are worded as lm-evaluation-harness words them."""
+
+import json
+import math
+import re
+import zipfile
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+from data.texts import DATA, UserError, fetch
+from tsld import GPT
+
+DOWNLOADS = DATA / "downloads"
+# SHA-256 (- where none is published), number of examples, file.
+FILES = """
+cb368ebeb9f27d7ad03720d27ddc95687a311bdb100781a2fe59a5f5b1bc0624  8551 cola/in_domain_train.tsv
+2dc8ae5dafcf3a46fa4d4215cd4882c7d05c17e5a7696de4f9c32b29286a530c   527 cola/in_domain_dev.tsv
+a95f976e24a27e81d287f224bc07672813b703c3faa399bfdfada5b976854a11   516 cola/out_of_domain_dev.tsv
+60a9b09084528f0673eedee2b69cb941920f0b8cd0eeccefc464a98768457f89  4076 mrpc/msr_paraphrase_train.txt
+9e8f284788040f7c9ecde2e1b3c07237c756f926bd9ef8548ef5d34b56f69f17   408 mrpc/dev.tsv
+41e3a9b063433392343fad9e962cf2f58b681c78d8f71592f4186f0837246c5c  2490 rte/train.tsv
+80230dfa1347282e7b532b06a1004a76a710087541189bf874223ddf0e3819fb   277 rte/dev.tsv
+48eac26399f8456935f81dd9e3a745c1430adb6c62e233ccfe22db4a0d15d1d1 67349 sst2/train.tsv
+54a9c12c77e402fc14d6a66a506f24d999f596b0176eb777c972cccc2f9cc4b0   872 sst2/dev.tsv
+-                                                                 2251 arc_easy/train.jsonl
+ce32a0774b4beb1977d2c6b16dda5dd2b24fdc9c7f506882c452678676bd09be  2376 arc_easy/test.jsonl
+-                                                                 1119 arc_challenge/train.jsonl
+9fa8ffb3e3a1f88cb302d53dd95aae81e39209ad9bcf974376b319d8fd35717c  1172 arc_challenge/test.jsonl
+388ce25926fa33b573ba6556d7245a6185f612dedf919871b6acb9340c8497a5  4957 openbookqa/train.jsonl
+feb2bd9bfa6161dca4c44ce90e51e8cdada83eb5061407fcdc5005e44aaf2313   500 openbookqa/test.jsonl
+f805f9c96518d7b59f2f870d90f712457cda949979469d9fa3fd706ce22e0a1a 16113 piqa/train.jsonl
+df8ae080c41f02f88e81f6932d425f4b7ee72f433ad552e6a30d45e358e8f8bb 16113 piqa/train-labels.lst
+93503cc97c679e459b065c3d13e848282e44b2a25213985bed3e5d458abef72d  1838 piqa/valid.jsonl
+b4192dc3a2a0363d9d60ccf79800cbbe2f32ebb17726efdde6970e0b8131bceb  1838 piqa/valid-labels.lst
+17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465  7473 gsm8k/train.jsonl
+3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14  1319 gsm8k/test.jsonl
+"""
+RAW = "https://raw.githubusercontent.com/"
+GLUE = RAW + "F0restL1n/BERT/0d0288be08079531c7b3a85af3d532f9adb0f13a/glue_data/"
+S3 = "https://ai2-public-datasets.s3.amazonaws.com/"
+# Where a task's file {0} is; after a space, its name in the zip archive. {1}: with a capital letter.
+ADDRESSES = {
+    "cola": GLUE + "CoLA/original/raw/{0}",
+    "mrpc": GLUE + "MRPC/{0}",
+    "rte": GLUE + "RTE/{0}",
+    "sst2": GLUE + "SST-2/{0}",
+    "arc_easy": S3 + "arc/ARC-V1-Feb2018.zip ARC-V1-Feb2018-2/ARC-Easy/ARC-Easy-{1}",
+    "arc_challenge": S3 + "arc/ARC-V1-Feb2018.zip "
+    "ARC-V1-Feb2018-2/ARC-Challenge/ARC-Challenge-{1}",
+    "openbookqa": S3 + "open-book-qa/OpenBookQA-V1-Sep2018.zip "
+    "OpenBookQA-V1-Sep2018/Data/Main/{0}",
+    "piqa": RAW + "ybisk/ybisk.github.io/21edab439af693b961be2f069e8690a88d3b4e37/piqa/data/{0}",
+    "gsm8k": RAW + "openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/"
+    "grade_school_math/data/{0}",
+}
+# Task: its prompt, and the choices where all its examples have the same. Numbers are columns.
+PROMPTS = {
+    "cola": ("{3}\nQuestion: Does this sentence make sense?\nAnswer:", ("no", "yes")),
+    "mrpc": (
+        "Sentence 1: {3}\nSentence 2: {4}\nQuestion: Do both sentences mean the same thing?\nAnswer:",
+        ("no", "yes"),
+    ),
+    "rte": ("{1}\nQuestion: {2} True or False?\nAnswer:", ("True", "False")),
+    "sst2": (
+        "{0}\nQuestion: Is this sentence positive or negative?\nAnswer:",
+        ("negative", "positive"),
+    ),
+    "arc_easy": ("Question: {}\nAnswer:", None),
+    "arc_challenge": ("Question: {}\nAnswer:", None),
+    "openbookqa": ("{}", None),
+    "piqa": ("Question: {}\nAnswer:", None),
+    "gsm8k": ("Question: {}\nAnswer:", None),
+}
+
+
+class Example(NamedTuple):
+    prompt: str
+    choices: tuple  # of texts, which follow the prompt after a space
+    answer: int  # index of the right choice
+
+
+def load_task(name):
+    """Examples to train on, and to evaluate on: those that papers report."""
+    if name == "cola":
+        parts = read(name, "in_domain_train.tsv"), [*read(name, "in_domain_dev.tsv")]
+        parts[1].extend(read(name, "out_of_domain_dev.tsv"))
+    elif name == "mrpc":
+        held_out = read(name, "dev.tsv")
+        every = read(name, "msr_paraphrase_train.txt")
+        parts = [example for example in every if example not in set(held_out)], held_out
+    elif name == "piqa":
+        parts = (
+            [
+                row._replace(answer=label)
+                for row, label in zip(read(name, f"{part}.jsonl"), read(name, f"{part}-labels.lst"))
+            ]
+            for part in ("train", "valid")
+        )
+    else:
+        ending = "tsv" if name in ("rte", "sst2") else "jsonl"
+        test = "dev" if ending == "tsv" else "test"
+        parts = (read(name, f"{part}.{ending}") for part in ("train", test))
+    return tuple(parts)
+
+
+def read(task, file):
+    """A file's lines as examples, or as labels."""
+    by_file = {path: (sha, int(n)) for sha, n, path in map(str.split, FILES.strip().splitlines())}
+    sha256, count = by_file[f"{task}/{file}"]
+    path = find(task, file, None if sha256 == "-" else sha256)
+    lines = path.read_text("utf-8-sig").removesuffix("\n").split("\n")
+    lines = lines[1:] if task in ("mrpc", "rte", "sst2") else lines  # a header
+    if len(lines) != count:
+        raise UserError(f"{path} has {len(lines)} examples, not {count}: delete it")
+    return [parse(task, line) for line in lines]
+
+
+def parse(task, line):
+    """One line of a task's file, as an Example; as an int where it is a label alone."""
+    prompt, choices = PROMPTS[task]
+    if choices:  # tab-separated; its quotes are literal
+        row = [column.strip() for column in line.split("\t")]
+        label = row[{"cola": 1, "mrpc": 0, "rte": 3, "sst2": 1}[task]]
+        answer = {"entailment": 0, "not_entailment": 1}.get(label)
+        return Example(prompt.format(*row), choices, int(label) if answer is None else answer)
+    row = json.loads(line)
+    if task == "piqa":
+        return row if isinstance(row, int) else Example(prompt.format(row["goal"]), (row["sol1"], row["sol2"]), None)
+    if task == "gsm8k":
+        return Example(prompt.format(row["question"]), (row["answer"],), 0)
+    choices = row["question"]["choices"]  # 3 to 5, labelled with letters or with numbers
+    answer = [choice["label"] for choice in choices].index(row["answerKey"])
+    texts = tuple(choice["text"] for choice in choices)
+    return Example(prompt.format(row["question"]["stem"]), texts, answer)
+
+
+def find(task, file, sha256):
+    """The path of a task's file, downloaded or taken out of its archive if it is not there yet."""
+    path = DOWNLOADS / task / file
+    address, *inside = ADDRESSES[task].format(file, file.capitalize()).split()
+    if inside and not path.exists():
+        archive = fetch([address], DOWNLOADS / address.split("/")[-1], None)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.write_bytes(zipfile.ZipFile(archive).read(inside[0]))
+        except (KeyError, zipfile.BadZipFile):
+            raise UserError(f"{archive} has no {inside[0]}: delete it")
+    return fetch([address], path, sha256)
