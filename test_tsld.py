@@ -24,6 +24,7 @@ import importlib.util
 import json
 import math
 import os
+import platform
 import re
 import signal
 import socket
@@ -642,10 +643,17 @@ def test_dropout_acts_in_training_alone_and_keeps_the_mean():
 
 def test_token_by_token_with_a_cache_hidden_is_what_it_is_for_the_whole_sequence():
     model, ids = micro_gpt(), micro_ids(B=3)
-    cache = [torch.zeros(2, 3, MICRO.n_head, 8, 6) for _ in range(MICRO.n_layer)]
+    cache = [[torch.zeros(3, MICRO.n_head, 8, 6) for _ in "kv"] for _ in range(MICRO.n_layer)]
     parts = [model.hidden(ids[:, :3], cache)]
     parts += [model.hidden(ids[:, n : n + 1], cache, n) for n in range(3, 8)]
     torch.testing.assert_close(torch.cat(parts, 1), model.hidden(ids), rtol=1e-4, atol=1e-5)
+
+
+def test_generated_tokens_can_be_trained_on():
+    model = micro_gpt().train()
+    ids = model.generate(micro_ids(B=1, T=3), 3)
+    model(ids).sum().backward()
+    assert model.training and model.wte.weight.grad is not None
 
 
 def test_greedy_generation_is_the_cache_free_argmax():
@@ -1095,6 +1103,10 @@ SHAPES = [
     (5, 64),
     (40, 61),
     (2, 256),
+    (64, 16),  # the shapes that the product in C takes, from here on
+    (192, 48),
+    (64, 1040),
+    (128, 3072),
 ]
 
 
@@ -1121,15 +1133,25 @@ def test_packing_and_unpacking_is_lossless_at_two_bits_a_weight(shape):
         assert tsld.unpack_ternary(packed, shape[1]).dtype == torch.int8
 
 
-@pytest.mark.parametrize("width, size", [(10, 1), (3, 1), (16, 4), (31, 4), (64, 4)])
-def test_code_j_of_unit_i_is_that_of_activation_j_times_u_plus_i(width, size):
-    codes, bits = random_codes(3, width), {0: 0b00, 1: 0b01, -1: 0b11}
-    K = math.ceil(width / 4)
-    U = K // size  # units of `size` bytes, little-endian
-    for row, packed in zip(codes.tolist(), tsld.pack_ternary(codes).tolist()):
-        row += [0] * (4 * K - width)
-        units = [sum(bits[row[j * U + i]] << 2 * j for j in range(4 * size)) for i in range(U)]
-        assert bytes(packed) == b"".join(unit.to_bytes(size, "little") for unit in units)
+@pytest.mark.parametrize(
+    "shape, together", [((3, 10), 1), ((64, 10), 1), ((70, 16), 1), ((64, 16), 64), ((192, 46), 64)]
+)
+def test_a_rows_codes_are_in_order_and_64_rows_stand_side_by_side_4_bytes_of_each(shape, together):
+    codes, bits = random_codes(*shape), {0: 0b00, 1: 0b01, -1: 0b11}
+    K = math.ceil(shape[1] / 4)
+    rows = []  # the bytes of each
+    for row in codes.tolist():
+        row += [0] * (4 * K - len(row))
+        number = sum(bits[code] << 2 * j for j, code in enumerate(row))
+        rows.append(number.to_bytes(K, "little"))
+    size = K if together == 1 else 4
+    expected = [
+        rows[begin + r][4 * i : 4 * i + size]
+        for begin in range(0, shape[0], together)
+        for i in range(K // size)
+        for r in range(together)
+    ]
+    assert tsld.pack_ternary(codes).numpy().tobytes() == b"".join(expected)
 
 
 @pytest.mark.parametrize("product", ["in C", "in PyTorch"], indirect=True)
@@ -1144,7 +1166,7 @@ def test_the_worked_example_of_pack_ternary(product):
 def test_the_product_in_c_is_the_sum_of_the_x_at_plus_1_minus_that_at_minus_1():
     if not tsld.c_library():
         pytest.skip("there is no C compiler")
-    for out_features, in_features in ((1, 13), (3, 16), (70, 64), (9, 1000), (2000, 45)):
+    for out_features, in_features in ((64, 16), (128, 64), (64, 1008), (320, 2064)):
         x, codes = randn(in_features), random_codes(out_features, in_features)
         sums = [x[row == 1].double().sum() - x[row == -1].double().sum() for row in codes]
         got = tsld.ternary_matmul(x, tsld.pack_ternary(codes), torch.ones(1, 1))
@@ -1170,8 +1192,8 @@ def test_ternary_matmul_is_x_times_the_transposed_weight(shape, leading, dtype, 
 
 @pytest.mark.parametrize("product", ["in C", "in PyTorch"], indirect=True)
 def test_ternary_matmul_takes_tensors_that_are_not_contiguous(product):
-    codes, scale = random_codes(6, 12), torch.full((1, 1), 0.5)
-    wide, tall = randn(4, 24)[:, ::2], randn(12, 4).t()
+    codes, scale = random_codes(64, 16), torch.full((1, 1), 0.5)
+    wide, tall = randn(4, 32)[:, ::2], randn(16, 4).t()
     packed = tsld.pack_ternary(codes)
     scattered = torch.stack([packed, packed], dim=2)[..., 0]
     assert not scattered.is_contiguous()
@@ -1183,7 +1205,7 @@ def test_ternary_matmul_takes_tensors_that_are_not_contiguous(product):
 
 
 def test_ternary_matmul_accumulates_in_float32():
-    packed = tsld.pack_ternary(torch.ones(1, 4096, dtype=torch.int8))
+    packed = tsld.pack_ternary(torch.ones(64, 4096, dtype=torch.int8))
     for rows in (1, 2):  # bfloat16 cannot count beyond 256
         y = tsld.ternary_matmul(
             torch.ones(rows, 4096, dtype=torch.bfloat16), packed, torch.ones(1, 1)
@@ -1221,7 +1243,7 @@ def test_the_float16_head_is_the_product_with_its_weight(shape, product):
 C_CALL = """
 import sys, torch, tsld
 torch.set_num_threads(1)
-codes = torch.randint(-1, 2, (9, 32), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
+codes = torch.randint(-1, 2, (64, 32), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
 x = torch.arange(32.0)
 y = tsld.ternary_matmul(x, tsld.pack_ternary(codes), torch.ones(1, 1))
 assert torch.equal(y, codes.float() @ x)
@@ -1229,15 +1251,39 @@ print(tsld.c_library() is not None)
 """
 
 
-@pytest.mark.parametrize("compiler", ["cc", "/nowhere/cc", "false"])
+@pytest.mark.parametrize("processor", ["x86-64", "x86-64-v3", "native"])
+def test_the_product_in_c_is_right_with_registers_of_every_width(processor, tmp_path, monkeypatch):
+    if not tsld.c_library() or platform.machine() != "x86_64":
+        pytest.skip("there is no C compiler, or another kind of processor")
+    if processor == "x86-64-v3" and "AVX2" not in torch.backends.cpu.get_cpu_capability().replace(
+        "AVX512", "AVX2"
+    ):
+        pytest.skip("the processor has no AVX2")
+    compiler = tmp_path / "cc"
+    compiler.write_text(f'#!/bin/sh\nexec cc "$@" -march={processor}\n')  # the last one counts
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    library = tsld.c_library.__wrapped__()
+    assert library is not None
+    monkeypatch.setattr(tsld, "c_library", lambda: library)
+    monkeypatch.setattr(tsld, "unpack_ternary", None)  # the other way is not taken
+    x, codes, bias = randn(1, 2064), random_codes(192, 2064), randn(192)
+    for scale in (torch.rand(192, 1), torch.tensor([[0.7]])):
+        for b in (None, bias, bias.bfloat16()):
+            got = tsld.ternary_matmul(x, tsld.pack_ternary(codes), scale, b)
+            exact = x.double() @ (scale.double() * codes).t() + (0.0 if b is None else b.double())
+            assert (got - exact).abs().max() <= 1e-6 * x.abs().sum()
+
+
+@pytest.mark.parametrize("compiler", ["cc", "/nowhere/cc", "false", "no folder"])
 def test_without_a_compiler_that_works_the_product_is_torchs_and_one_line_says_so(compiler):
     if compiler == "cc" and not tsld.c_library():
         pytest.skip("there is no C compiler")
+    code, env = C_CALL, {"CC": compiler}
+    if compiler == "no folder":  # that a temporary file could be written to
+        code, env = f"import tempfile; tempfile.tempdir = '/proc/nowhere'\n{C_CALL}", {}
     run = subprocess.run(
-        [sys.executable, "-c", C_CALL],
-        cwd=HERE,
-        env={**os.environ, "CC": compiler},
-        capture_output=True,
+        [sys.executable, "-c", code], cwd=HERE, env=os.environ | env, capture_output=True
     )
     assert run.returncode == 0, run.stderr.decode()
     works = compiler == "cc"
@@ -1247,9 +1293,25 @@ def test_without_a_compiler_that_works_the_product_is_torchs_and_one_line_says_s
     )
 
 
+FORK = """
+import os, torch, tsld
+packed, x = tsld.pack_ternary(torch.ones(64, 4096, dtype=torch.int8)), torch.ones(1, 4096)
+tsld.ternary_matmul(x, packed, torch.ones(1, 1))
+if os.fork() == 0:
+    os._exit(0 if (tsld.ternary_matmul(x, packed, torch.ones(1, 1)) == 4096).all() else 1)
+print(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_forked_process_multiplies_too():
+    run = [sys.executable, "-c", FORK]
+    assert subprocess.check_output(run, cwd=HERE, timeout=60).strip() == b"0"
+
+
 def test_the_c_product_is_right_in_many_threads_at_once():
-    packed, x = tsld.pack_ternary(random_codes(50, 96)), randn(96)
-    expected = random_codes(50, 96).float() @ x
+    packed, x = tsld.pack_ternary(random_codes(64, 96)), randn(96)
+    expected = random_codes(64, 96).float() @ x
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         for y in pool.map(lambda _: tsld.ternary_matmul(x, packed, torch.ones(1, 1)), range(200)):
             torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
@@ -1375,8 +1437,8 @@ def test_a_file_that_is_no_packed_model_is_refused(tmp_path):
         )
         with pytest.raises(tsld.CheckpointError):
             tsld.load_model(path)
-    tsld.write_file(path, {"format": "tsld packed 1"})
-    with pytest.raises(tsld.CheckpointError, match="tsld packed 1 is not tsld packed 2"):
+    tsld.write_file(path, {"format": "tsld packed 2"})
+    with pytest.raises(tsld.CheckpointError, match="tsld packed 2 is not tsld packed 3"):
         tsld.load_model(path)
     tsld.write_file(path, {"step": 3})
     with pytest.raises(tsld.CheckpointError, match="not a packed model"):

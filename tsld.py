@@ -79,9 +79,7 @@ class TrainingDiverged(ArithmeticError):
     """The loss or its gradient became NaN or infinite."""
 
 
-# --------------------------------------------------------------------------------------------------
-# 1. Losses
-#
+# ------ 1. Losses ---------------------------------------------------------------------------------
 # Rounding errors add up. Attention at position n mixes the errors of all positions up to n, and
 # each block hands its errors on to the next. The logits stand at the end of that chain: a loss on
 # them sees all of the accumulated error, where it counts. Every loss here weighs three numbers per
@@ -175,9 +173,7 @@ def distillation_loss(name, terms, temperature=10.0, gt_weight=0.0):
     return {"gt": gt, "logit": kd, "l2l": kd + terms.layers, "logit_gt": kd + gt}[name]
 
 
-# --------------------------------------------------------------------------------------------------
-# 2. Quantizers
-#
+# ------ 2. Quantizers -----------------------------------------------------------------------------
 # A weight matrix (out, in) becomes small integers, the codes, and one float32 scale for the whole
 # matrix ("tensor") or for each of its rows, the output channels ("channel").
 
@@ -227,26 +223,15 @@ def quantize_int4(weight, granularity="tensor"):
     return codes, scale, zero_point
 
 
-class _StraightThrough(torch.autograd.Function):
-    """Rounding has gradient 0 almost everywhere and would stop all learning. So the backward pass
-    leaves it out: forward w → ŵ, backward ∂L/∂w := ∂L/∂ŵ (the straight-through estimator)."""
-    @staticmethod
-    def forward(ctx, weight, quantized):
-        return quantized
-
-    @staticmethod
-    def backward(ctx, grad_output):
-        return grad_output, None
-
-
 def fake_quantize(weight, bits=2, granularity="tensor"):
-    """The weight after quantizing and back, (out, in) in its own dtype: forward exactly what the
-    codes stand for, backward the identity. ValueError: bits other than 2 (ternary) and 4."""
+    """The weight after quantizing and back, ŵ, (out, in) in its own dtype. Rounding has gradient 0
+    almost everywhere and would stop all learning. So the backward pass leaves it out: ∂L/∂w :=
+    ∂L/∂ŵ (the straight-through estimator). ValueError: bits other than 2 (ternary) and 4."""
     if bits not in (2, 4):
         raise ValueError(f"bits must be 2 or 4, not {bits!r}")
     codes, scale, *zero_point = (ternarize if bits == 2 else quantize_int4)(weight, granularity)
     quantized = scale * (codes - zero_point[0] if zero_point else codes)
-    return _StraightThrough.apply(weight, quantized.to(weight.dtype))
+    return quantized.to(weight.dtype) + (weight - weight.detach())  # adds 0, whose gradient is 1
 
 
 class QuantLinear(nn.Linear):
@@ -301,9 +286,7 @@ def _output_heads(model):
     return named + [m for m in model.modules() if id(getattr(m, "weight", None)) in tied]
 
 
-# --------------------------------------------------------------------------------------------------
-# 3. GPT
-#
+# ------ 3. GPT ------------------------------------------------------------------------------------
 # GPT-2 (Radford et al., 2019): learned positions, layer norm before each sublayer, biases
 # everywhere, GELU in its tanh approximation, output head tied to the token embedding. Parameters
 # have the names and shapes of the published weights (where c_attn, c_proj, c_fc are transposed).
@@ -348,19 +331,16 @@ class Attention(nn.Module):
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, C / H)
         if cache is not None:
-            cache[0][:, :, start : start + T], cache[1][:, :, start : start + T] = k, v
-            k, v = cache[0][:, :, : start + T], cache[1][:, :, : start + T]
-        dropout, scores = self.dropout if self.training else 0.0, None
-        if trace:
-            scores = q @ k.transpose(-2, -1) / math.sqrt(k.shape[-1])  # (B, H, T, T)
-            future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
-            p = scores.masked_fill(future, -math.inf).softmax(-1)
-            y = F.dropout(p, dropout) @ v
-        else:  # the same, fused; its bfloat16 form has a slow backward pass on CPUs
-            if x.device.type == "cpu":
-                q, k, v = q.float(), k.float(), v.float()
-            with torch.autocast("cpu", enabled=False):
-                y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, dropout_p=dropout)
+            keys, values = cache
+            keys[:, :, start : start + T], values[:, :, start : start + T] = k, v
+            k, v = keys[:, :, : start + T], values[:, :, : start + T]
+        scores = q @ k.transpose(-2, -1) / math.sqrt(k.shape[-1]) if trace else None
+        # The softmax of the scores at and before each position, times v. Fused; on CPUs in float32,
+        # as the bfloat16 form has a slow backward pass there.
+        q, k, v = (t.float() if x.device.type == "cpu" else t for t in (q, k, v))
+        dropout = self.dropout if self.training else 0.0
+        with torch.autocast("cpu", enabled=False):
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, dropout_p=dropout)
         y = self.c_proj(y.to(x.dtype).transpose(1, 2).reshape(B, T, C))
         return F.dropout(y, dropout), scores
 
@@ -426,7 +406,6 @@ class GPT(nn.Module):
             scores.append(score)
         return Trace(self.lm_head(self.ln_f(states[-1])), states, scores)
 
-    @torch.no_grad()
     def generate(self, ids, max_new_tokens, temperature=1.0, top_k=None, on_token=None):
         """Continues each row of ids, int64 (B, T), by samples from softmax(logits / temperature),
         of the `top_k` likeliest tokens where given; temperature 0 takes the likeliest. Returns all,
@@ -439,22 +418,25 @@ class GPT(nn.Module):
             raise ValueError(f"{asked} are not 1 to block_size {config.block_size} tokens")
         if temperature < 0 or top_k is not None and top_k < 1:
             raise ValueError(f"temperature {temperature} is below 0, or top_k {top_k} below 1")
-        shape = (2, B, config.n_head, T + max_new_tokens, config.n_embd // config.n_head)
-        cache = [self.ln_f.weight.new_zeros(shape) for _ in self.h]  # keys and values
+        shape = (B, config.n_head, T + max_new_tokens, config.n_embd // config.n_head)
         self.eval()
         columns, start = [ids], 0
-        for _ in range(max_new_tokens):
-            logits = self.lm_head(self.hidden(columns[-1], cache, start)[:, -1]).float()  # (B, V)
-            start += columns[-1].shape[1]
-            if top_k is not None:
-                least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
-                logits = logits.masked_fill(logits < least, -math.inf)
-            if temperature == 0:
-                columns.append(logits.argmax(-1, keepdim=True))  # (B, 1)
-            else:
-                columns.append(torch.multinomial((logits / temperature).softmax(-1), 1))
-            if on_token is not None:
-                on_token(columns[-1])
+        with torch.inference_mode():  # a little faster than no_grad
+            zeros = self.ln_f.weight.new_zeros  # a layer's keys, and its values
+            cache = [(zeros(shape), zeros(shape)) for _ in self.h]
+            for _ in range(max_new_tokens):
+                last = self.hidden(columns[-1], cache, start)[:, -1]  # (B, C)
+                logits = self.lm_head(last).float()  # (B, V)
+                start += columns[-1].shape[1]
+                if top_k is not None:
+                    least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
+                    logits = logits.masked_fill(logits < least, -math.inf)
+                if temperature == 0:
+                    columns.append(logits.argmax(-1, keepdim=True))  # (B, 1)
+                else:
+                    columns.append(torch.multinomial((logits / temperature).softmax(-1), 1))
+                if on_token is not None:
+                    on_token(columns[-1])
         self.train(was_training)
         return torch.cat(columns, dim=1)
 
@@ -510,8 +492,7 @@ def _flipped(name, tensor):
     return (tensor.t() if linear else tensor).float().contiguous()
 
 
-# --------------------------------------------------------------------------------------------------
-# 4. Training
+# ------ 4. Training -------------------------------------------------------------------------------
 
 
 @dataclass
@@ -663,20 +644,18 @@ def bits_per_byte(nats_per_token, tokens, bytes):
     return nats_per_token * tokens / math.log(2) / bytes
 
 
-# --------------------------------------------------------------------------------------------------
-# 5. Packing
-#
+# ------ 5. Packing --------------------------------------------------------------------------------
 # The paper promises 16 times less memory than FP32 and a product without multiplications. A code
 # takes the two lowest bits of its two's complement, 0 = 00, +1 = 01, -1 = 11: the low bit says "not
-# zero", the high one "negative". A row of K = ceil(in / 4) bytes is cut into U units: of 4 bytes
-# where K is a multiple of 4, else of one. Code j of unit i, in bits 2j and 2j + 1, belongs to
-# activation j · U + i. One shift of all units then gives U codes in the order of their activations.
+# zero", the high one "negative". A row takes K = ceil(in / 4) bytes, its first code in the lowest
+# bits of the first one. Where the rows are a multiple of 64 and K one of 4, 64 rows stand side by
+# side: the first 4 bytes of each of them, then the next 4, so that one read serves many outputs.
 
 
 def pack_ternary(codes):
     """codes: int8 (out, in) in {-1, 0, +1} -> uint8 (out, ceil(in / 4)).
 
-    An example with 3 columns: K = U = 1, a row is one byte, and the fourth code is filling.
+    An example with 3 columns: K = 1, a row is one byte, and the fourth code is filling.
 
         codes          two's complement, last code first      byte
         +1  0 -1       00 11 00 01                             49
@@ -684,38 +663,43 @@ def pack_ternary(codes):
         -1  0  0       00 00 00 11                              3
     and ternary_matmul of x = (2, 3, 5) adds up y = α · (2 - 5,  3 + 5,  -2) = α · (-3, 8, -2)."""
     (out, width), K = codes.shape, math.ceil(codes.shape[1] / 4)
-    size = 4 if K % 4 == 0 else 1  # bytes in a unit
-    bits = F.pad(codes & 3, (0, 4 * K - width)).to(torch.uint8).view(out, size, 4, K // size)
-    packed = sum(bits[:, :, j] << 2 * j for j in range(4))  # (out, size, U): code 4 b + j of unit i
-    return packed.transpose(1, 2).reshape(out, K)
+    bits = F.pad(codes & 3, (0, 4 * K - width)).to(torch.uint8).view(out, K, 4)
+    packed = sum(bits[:, :, j] << 2 * j for j in range(4))  # (out, K)
+    rows, size = _side_by_side(out, K)
+    return packed.view(-1, rows, K // size, size).transpose(1, 2).reshape(out, K)
+
+
+def _side_by_side(out, K):
+    """How many rows stand side by side, and how many bytes of each at a time."""
+    return (64, 4) if out % 64 == 0 and K % 4 == 0 else (1, 1)
 
 
 def unpack_ternary(packed, in_features):
     """packed: uint8 (out, ceil(in / 4)) -> codes, int8 (out, in)."""
     out, K = packed.shape
-    packed = packed.reshape(out, -1, 4 if K % 4 == 0 else 1).transpose(1, 2)  # (out, size, U)
+    rows, size = _side_by_side(out, K)
+    packed = packed.reshape(-1, K // size, rows, size).transpose(1, 2).reshape(out, K)
     codes = [(packed << 6 - 2 * j).view(torch.int8) >> 6 for j in range(4)]  # >> keeps the sign
-    return torch.stack(codes, dim=2).reshape(out, 4 * K)[:, :in_features]
+    return torch.stack(codes, dim=2).view(out, 4 * K)[:, :in_features]
 
 
-def ternary_matmul(x, packed, scale):
-    """x @ (scale · codes).T from the packed bytes; activations stay in floating point (W2A16).
+def ternary_matmul(x, packed, scale, bias=None):
+    """x @ (scale · codes).T + bias from the packed bytes; activations stay floating-point (W2A16).
     x: (..., in), any float dtype; packed: uint8 (out, ceil(in / 4)); scale: float32, (1, 1) or
-    (out, 1). Returns (..., out) in x's dtype, accumulated in float32. ValueError: another width.
-    For one row of x, reading the weights dominates the time: C (section 6) adds and subtracts. For
-    many rows, and where C is not to be had, the dense product of a few unpacked outputs at a time
-    is faster, though it multiplies by -1, 0 and 1."""
+    (out, 1); bias: (out,) or None. Returns (..., out) in x's dtype, accumulated in float32.
+    ValueError: another width. For one row of x, reading the weights dominates the time: C (section
+    6) adds and subtracts. For many rows, and where C is not to be had, the dense product of a few
+    unpacked outputs at a time is faster, though it multiplies by -1, 0 and 1."""
     (out, K), width = packed.shape, x.shape[-1]
     if K != math.ceil(width / 4):
         raise ValueError(f"packed rows of {K} bytes are not of {width} inputs")
+    if (y := _product_in_c(x, packed, scale, bias)) is not None:
+        return y
     rows = x.reshape(-1, width).float()  # (M, in)
-    if len(rows) == 1 and K % 4 == 0 and _can_use_c(x):
-        words = packed.contiguous().view(torch.int32)  # the units, (out, U)
-        y = _in_c("ternary_sums", F.pad(rows[0], (0, 4 * K - width)), words)
-    else:
-        parts = (unpack_ternary(part, width).float() for part in packed.split(1024))
-        y = torch.cat([rows @ part.t() for part in parts], dim=1)
-    return (y * scale.flatten()).to(x.dtype).view(*x.shape[:-1], out)
+    parts = unpack_ternary(packed, width).split(1024)  # outputs at a time
+    y = torch.cat([rows @ part.float().t() for part in parts], dim=1) * scale.flatten()
+    y = y if bias is None else y + bias
+    return y.to(x.dtype).view(*x.shape[:-1], out)
 
 
 class PackedLinear(nn.Module):
@@ -732,8 +716,7 @@ class PackedLinear(nn.Module):
         return self.scale * unpack_ternary(self.packed, self.in_features)
 
     def forward(self, x):  # (..., in) -> (..., out)
-        y = ternary_matmul(x, self.packed, self.scale)
-        return y if self.bias is None else y + self.bias
+        return ternary_matmul(x, self.packed, self.scale, self.bias)
 
 
 class HalfHead(nn.Module):
@@ -743,9 +726,9 @@ class HalfHead(nn.Module):
         self.weight = weight  # float16 (V, C)
 
     def forward(self, x):  # (..., C) -> (..., V) float32
+        if (y := _product_in_c(x, self.weight)) is not None:
+            return y
         rows = x.reshape(-1, x.shape[-1]).float()
-        if len(rows) == 1 and self.weight.dtype == torch.float16 and _can_use_c(x):
-            return _in_c("half_product", rows[0], self.weight).view(*x.shape[:-1], -1)
         y = torch.cat([rows @ part.float().t() for part in self.weight.split(4096)], dim=1)
         return y.view(*x.shape[:-1], -1)
 
@@ -764,7 +747,7 @@ def pack_model(model):
     return model.requires_grad_(False).eval()
 
 
-PACKED_FORMAT = "tsld packed 2"  # format 1 stored code + 1
+PACKED_FORMAT = "tsld packed 3"  # the layout of section 5; older ones were others
 
 
 def save_model(path, model):
@@ -847,18 +830,14 @@ def read_file(path):
     return load_tensors(path)
 
 
-# --------------------------------------------------------------------------------------------------
-# 6. The same at less cost
-#
+# ------ 6. The same at less cost ------------------------------------------------------------------
 # For GPT-2's vocabulary the logits are by far the largest tensors of a training step. lean_loss
 # takes a few rows of them at a time, and the loss's gradient while they are there.
 SCRATCH_BYTES = 2**27  # of the float32 logits of one model that are held at once
 
 
-def lean_loss(
-    name, student_hidden, student_head, teacher_hidden, teacher_head, targets,
-    temperature=10.0, gt_weight=0.0,
-):
+def lean_loss(name, student_hidden, student_head, teacher_hidden, teacher_head, targets,
+              temperature=10.0, gt_weight=0.0):
     """distillation_loss(name, per_token_terms(...)) of logits = hidden @ head.T, a float32 scalar,
     without the (B, T, V) logits. Every loss but "l2l", which looks between the layers. hidden:
     (B, T, C), after the final norm; head: (V, C); targets: int64 (B, T). The teacher's may be None
@@ -934,67 +913,92 @@ class _LeanLoss(torch.autograd.Function):
         return *(x.mul_(grad_loss) for x in ctx.gradients), *[None] * 6
 
 
-# The product in C goes once over the words of 16 codes. An activation's sign bit is flipped where
-# the code is negative, all its bits are cleared where it is 0, and what is left is added up.
+# The product in C looks sums up. Two codes make an index below 16, and select one of the 16 sums
+# that two activations can give: 0, x_0, -x_0, x_1, x_0 + x_1, ... A register of 512 bits holds all,
+# and one instruction selects for 16 rows at once. A narrower register holds what a single
+# activation gives, 0, x, 0, -x over and over; then the higher bits of an index change nothing.
 C_SOURCE = """
 #include <stdint.h>
-static float as_float(uint32_t bits) { union { uint32_t u; float f; } v = {bits}; return v.f; }
-static float term(uint32_t word, int j, uint32_t x) {            /* x, -x or 0, as code j says */
-    uint32_t code = word << (30 - 2 * j) & 0xC0000000, flipped = x ^ (code & 0x80000000);
-    return as_float(code ? flipped : 0);
+enum { W = __BIGGEST_ALIGNMENT__ / 4, CODES = W == 16 ? 2 : 1, R = 64 / W };
+typedef float floats __attribute__((vector_size(4 * W)));               /* a register */
+typedef uint32_t words __attribute__((vector_size(4 * W), aligned(1)));
+static floats of_codes_0_to_3(float x) { return (floats){0, x, 0, -x}; }
+static float of_half(int16_t half) {      /* its bits at a float's places are 2^-112 of its value */
+    union { uint32_t bits; float value; } v = {(uint32_t)half << 13 & 0x8fffe000};
+    return v.value * 0x1p112f;
 }
-void ternary_sums(const uint32_t *x, const uint32_t *packed, float *y, long out, long U) {
-    #pragma omp parallel for
-    for (long r = 0; r < out; r++) {
-        float even = 0, odd = 0;                                 /* two chains of additions */
-        #pragma omp simd reduction(+:even, odd)
-        for (long i = 0; i < U; i++)
-            #pragma GCC unroll 8
-            for (int j = 0; j < 16; j += 2) {
-                even += term(packed[r * U + i], j, x[j * U + i]);
-                odd += term(packed[r * U + i], j + 1, x[(j + 1) * U + i]);
-            }
-        y[r] = even + odd;
-    }
-}
-void half_product(const float *x, const uint16_t *w, float *y, long out, long in) {
+void half_product(const float *x, const int16_t *w, float *y, long out, long in) {
     #pragma omp parallel for
     for (long r = 0; r < out; r++) {
         float sum = 0;
         #pragma omp simd reduction(+:sum)
-        for (long i = 0; i < in; i++) {     /* a half's bits, at a float's places: times 2^-112 */
-            uint32_t half = w[r * in + i], bits = (half & 0x8000) << 16 | (half & 0x7fff) << 13;
-            sum += as_float(bits) * 0x1p112f * x[i];
-        }
+        for (long i = 0; i < in; i++) sum += of_half(w[r * in + i]) * x[i];
         y[r] = sum;
     }
 }
+void ternary_product(const float *x, const words *packed, float *y, const float *scale,
+                     const float *bias, long out, long in, long scales) {
+    words entry;
+    for (int e = 0; e < W; e++) entry[e] = e;
+    #pragma omp parallel
+    for (long first = 0, last; first < in; first = last) {     /* activations whose sums fit L1 */
+        floats sums[1024 / CODES], *sum = sums;
+        last = first + 1024 < in ? first + 1024 : in;
+        for (long i = first; i < last; i += CODES, sum++) {
+            *sum = __builtin_shuffle(of_codes_0_to_3(x[i]), entry & 3);
+            if (CODES == 2) *sum += __builtin_shuffle(of_codes_0_to_3(x[i + 1]), entry >> 2);
+        }
+        #pragma omp for schedule(static) nowait
+        for (long begin = 0; begin < out; begin += 64) {       /* rows side by side */
+            const words *word = packed + (begin * in / 64 + first) / 16 * R;
+            floats y64[R] = {0};
+            for (sum = sums; sum < sums + (last - first) / CODES; word += R) {
+                #pragma GCC unroll 16
+                for (int j = 0; j < 32; j += 2 * CODES, sum++) /* bits of a word */
+                    for (int r = 0; r < R; r++) y64[r] += __builtin_shuffle(*sum, word[r] >> j);
+                for (int r = 0; r < R; r++) __builtin_prefetch(word + 9 * R + r);
+            }
+            for (long r = begin, e = 0; e < 64; r++, e++)
+                y[r] = (first ? y[r] : bias ? bias[r] : 0)
+                     + scale[scales > 1 ? r : 0] * y64[e / W][e % W];
+        }
+    }
+}
 """
-C_FLAGS = "-O3 -march=native -fopenmp -fPIC -shared -fno-math-errno -fno-trapping-math"
-C_FLAGS += " -fno-signed-zeros -fassociative-math -x c"
 
 
 @cache
 def c_library():
     """C_SOURCE, compiled for this processor, which takes a fifth of a second; None, and one line on
     stderr, where that fails. It shares its OpenMP threads with torch."""
-    with tempfile.TemporaryDirectory() as folder:
-        library = f"{folder}/tsld.so"
-        command = [os.environ.get("CC", "cc"), *C_FLAGS.split(), "-o", library, "-"]
-        try:
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            flags = "-O3 -march=native -fopenmp -fPIC -shared -x c - -o".split()
+            command = [os.environ.get("CC", "cc"), *flags, f"{folder}/tsld.so"]
             subprocess.run(command, input=C_SOURCE.encode(), capture_output=True, check=True)
-            return ctypes.CDLL(library)
-        except (OSError, subprocess.SubprocessError) as error:
-            print(f"tsld: no C ({error}): packed models are slower", file=sys.stderr)
+            library = ctypes.CDLL(command[-1])
+    except (OSError, subprocess.SubprocessError) as error:
+        return print(f"tsld: no C ({error}): packed models are slower", file=sys.stderr)
+    library.ternary_product.argtypes = 5 * [ctypes.c_void_p] + 3 * [ctypes.c_long]
+    library.half_product.argtypes = 3 * [ctypes.c_void_p] + 2 * [ctypes.c_long]
+    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))  # OpenMP's are gone
+    return library
 
 
-def _can_use_c(x):
-    return x.device.type == "cpu" and not x.requires_grad and c_library() is not None
-
-
-def _in_c(function, x, weight):
-    """x: float32; weight: (out, n); -> float32 (out,)."""
-    x, weight, y = x.contiguous(), weight.contiguous(), x.new_empty(len(weight))
-    pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (x, weight, y))
-    getattr(c_library(), function)(*pointers, *map(ctypes.c_long, weight.shape))
-    return y
+def _product_in_c(x, weight, scale=None, bias=None):
+    """x (..., in) times packed weights, or a float16 weight where there is no scale; (..., out) in
+    x's dtype. None: not in C, which takes one row, on a CPU, rows side by side, no gradient."""
+    (out, n), width = weight.shape, x.shape[-1]
+    side_by_side = _side_by_side(out, n) == (64, 4) and width == 4 * n
+    fits = weight.dtype == torch.float16 if scale is None else side_by_side
+    fits = fits and x.numel() == width and x.device.type == "cpu" and not x.requires_grad
+    if not fits or c_library() is None:
+        return None
+    y, weight = x.new_empty(*x.shape[:-1], out, dtype=torch.float32), weight.contiguous()
+    row, scale, bias = (None if t is None else t.float().contiguous() for t in (x, scale, bias))
+    pointers = [None if t is None else t.data_ptr() for t in (row, weight, y, scale, bias)]
+    if scale is None:
+        c_library().half_product(*pointers[:3], out, width)
+    else:
+        c_library().ternary_product(*pointers, out, width, scale.numel())
+    return y.to(x.dtype)
