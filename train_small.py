@@ -9,7 +9,6 @@ import argparse
 import codecs
 import copy
 import hashlib
-import importlib.util
 import json
 import math
 import os
@@ -29,6 +28,7 @@ from torch.distributed import fsdp
 from torch.distributed.checkpoint import state_dict as sharded
 
 import tsld
+from data import exchange
 from data.texts import DATA, PARTS, UserError, fetch, load_corpus, load_tokenizer
 from tsld import GPT, LOSSES, GPTConfig, QuantLinear, TrainConfig
 
@@ -188,17 +188,37 @@ def print_sample(setup, student, loss, prompt_length=16, length=64):
     print(f"\nthe {loss} student continues “{decode(ids[:n]).strip()}”:\n{decode(ids[n:]).strip()}")
 
 
+def load_student(path):
+    """A packed GPT, and the tokenizer of its preset."""
+    model = tsld.load_model(path)
+    names = {preset.gpt.vocab_size: preset.tokenizer for preset in PRESETS.values()}
+    if model.config.vocab_size not in names:
+        raise UserError(f"no tokenizer has the {model.config.vocab_size} tokens of {path}")
+    return model, load_tokenizer(names[model.config.vocab_size])
+
+
+def export(args):
+    """Writes a packed model as other programs open it."""
+    file, folder, *dtype = args.export if len(args.export) > 1 else ("", "", "")
+    if dtype not in ([], ["float16"]):
+        raise UserError("--export takes FILE FOLDER, and float16 where that is to be the type")
+    dtype, folder = torch.float16 if dtype else torch.float32, check_folder(folder)
+    if args.model in (None, *PRESETS):
+        model, tokenizer = load_student(file)
+        model.save_pretrained(folder, dtype)
+        exchange.save_tokenizer(tokenizer, folder)
+    else:
+        source = load_theirs(args)
+        student = tsld.load_model(file, into=copy.deepcopy(source.model))
+        exchange.unpacked(student, source.model).to(dtype).save_pretrained(folder)
+        source.tokenizer.theirs.save_pretrained(folder)
+    print(f"{folder}: {file}, its weights in {dtype}")
+
+
 def generate(args):
     """Writes the packed model's continuation of the prompt, as it comes, until its block is
     full."""
-    try:
-        model = tsld.load_model(args.generate)
-    except OSError as error:
-        raise UserError(f"--generate {args.generate}: {error.strerror}")
-    names = {preset.gpt.vocab_size: preset.tokenizer for preset in PRESETS.values()}
-    if model.config.vocab_size not in names:
-        raise UserError(f"no tokenizer has the {model.config.vocab_size} tokens of {args.generate}")
-    tokenizer, device = load_tokenizer(names[model.config.vocab_size]), choose_device(args.device)
+    (model, tokenizer), device = load_student(args.generate), choose_device(args.device)
     prompt, block = tokenizer.encode_ordinary(args.prompt), model.config.block_size
     if not 0 < len(prompt) < block:
         length = f"--prompt has {len(prompt)} tokens, and the model's block is {block}"
@@ -463,52 +483,19 @@ def load_preset(name, args):
     return Source(name, model, tokenizer, preset, init)
 
 
-class TheirTokenizer:
-    """A tokenizer of transformers, with the methods of tiktoken's."""
-
-    def __init__(self, name, tokenizer):
-        self.name, self.decode = name, tokenizer.decode
-        self.encode_ordinary = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
-        self.decode_bytes = lambda ids: tokenizer.decode(ids).encode()
-
-
 def load_theirs(args):
     """Any causal language model of transformers, with its own tokenizer and GPT-2's schedule."""
-    name = args.model
-    if not importlib.util.find_spec("transformers"):
-        needs = "takes the package transformers, which is not installed"
-        raise UserError(f"--model {name} {needs}; without it there are {', '.join(PRESETS)}")
     if args.init == "scratch":
-        raise UserError(f"--init scratch: {name} starts from the weights it comes with")
-    import transformers
-
-    # L2L looks at the attention, which the faster implementations never write down.
-    kind = {"attn_implementation": "eager"} if args.loss in ("l2l", "all") else {}
+        raise UserError(f"--init scratch: {args.model} starts from the weights it comes with")
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        load = transformers.AutoModelForCausalLM.from_pretrained
-        model = load(name, dtype=torch.float32, **kind)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model {name}: {str(error).strip().splitlines()[0]}")
-    model.config.use_cache = False  # of keys and values, which training has no use for
-    if logits_are_hidden_times_head(model):  # then lean_loss can train it
-        type(model).hidden = lambda self, ids: self.base_model(ids)[0]
-    model.generation_config.do_sample = True
+        model, tokenizer = exchange.load_theirs(args.model, args.loss in ("l2l", "all"))
+    except UserError as error:
+        raise UserError(f"--model {error}; without it there are {', '.join(PRESETS)}")
+    if processes()[1] == 1 and exchange.logits_are_hidden_times_head(model):
+        type(model).hidden = lambda self, ids: self.base_model(ids)[0]  # for lean_loss
     positions = getattr(model.config, "max_position_embeddings", GPT2.gpt.block_size)
     gpt = replace(GPT2.gpt, block_size=min(positions, GPT2.gpt.block_size))
-    theirs = TheirTokenizer(name, tokenizer)
-    return Source(name, model, theirs, replace(GPT2, gpt=gpt), "pretrained")
-
-
-@torch.no_grad()
-def logits_are_hidden_times_head(model):
-    """Are they hidden @ head.T and nothing more? Two tokens show it. In several processes a model
-    computes as a whole only."""
-    if processes()[1] > 1 or not hasattr(model, "lm_head"):
-        return False
-    ids = torch.zeros(1, 2, dtype=torch.long)
-    product = model.base_model(ids)[0] @ model.lm_head.weight.t()
-    return torch.allclose(model.eval()(ids).logits, product, rtol=1e-5, atol=1e-5)
+    return Source(args.model, model, tokenizer, replace(GPT2, gpt=gpt), "pretrained")
 
 
 def choose_device(name):
@@ -725,11 +712,13 @@ FLAGS = {
     "instead of training": [
         ("generate", None, {"metavar": "FILE"}, "write text with a packed model"),
         ("prompt", "the", {}, "what the text begins with"),
+        ("export", None, {"metavar": ("FILE", "FOLDER"), "nargs": "+"}, "write a packed model as "
+         "transformers opens it; a third word, float16, halves it"),
     ],
 }  # fmt: skip
 ALL = {name: default for flags in FLAGS.values() for name, default, _, _ in flags}
-GENERATE = {"generate", "prompt", "seed", "device"}
-TRAIN = ALL.keys() - {"generate", "prompt"}
+INSTEAD = {"generate": {"generate", "prompt", "seed", "device"}, "export": {"export", "model"}}
+TRAIN = ALL.keys() - {"generate", "prompt", "export"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -748,8 +737,8 @@ def parse(argv, takes=None, description=__doc__.split("\n")[0], **defaults):
             if takes is None or name in takes:
                 group.add_argument(f"--{name}", help=(about + shown).replace("%", "%%"), **how)
     given = {name.replace("_", "-"): x for name, x in vars(parser.parse_args(argv)).items()}
-    command = "--generate" if "generate" in given else "training"
-    takes = takes if takes is not None else GENERATE if "generate" in given else TRAIN
+    command = next((name for name in INSTEAD if name in given), "training")
+    takes = takes if takes is not None else INSTEAD.get(command, TRAIN)
     unused = [f"--{name}" for name in given if name not in takes]
     if unused:
         parser.error(f"{', '.join(unused)} has no meaning for {command}")
@@ -772,7 +761,8 @@ def main(argv=None, command=None):
     try:
         if command is None:
             args = parse(argv)
-            command = lambda argv: (generate if args.generate else run)(args)
+            chosen = generate if args.generate else export if args.export else run
+            command = lambda argv: chosen(args)
         with process_group():
             command(argv)
         return 0

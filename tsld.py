@@ -467,16 +467,16 @@ class GPT(nn.Module):
         return model.eval()
 
     @torch.no_grad()
-    def save_pretrained(self, folder):
+    def save_pretrained(self, folder, dtype=torch.float32):
         """Writes pytorch_model.bin in GPT-2's published format, and config.json, as transformers
-        and from_pretrained read them: float32, quantized and packed weights dequantized."""
+        and from_pretrained read them: quantized and packed weights dequantized."""
         tensors, config = {}, asdict(self.config)
         for name, module in self.named_modules():
             parts = {part: getattr(module, part, None) for part in ("weight", "bias")}
             if hasattr(module, "dequantized"):
                 parts["weight"] = module.dequantized()
             parts = {f"{name}.{part}": t for part, t in parts.items() if t is not None}
-            tensors |= {n: _flipped(n, t).cpu() for n, t in parts.items()}
+            tensors |= {n: _flipped(n, t).to("cpu", dtype) for n, t in parts.items()}
         tensors = {n if "lm_head" in n else f"transformer.{n}": t for n, t in tensors.items()}
         config |= {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
         config["n_positions"], dropout = config.pop("block_size"), config.pop("dropout")

@@ -1,0 +1,113 @@
+"""Models and tokenizers of other programs. A causal language model of transformers comes in; a packed
+student goes out, as GPT-2's published format with a tokenizer.json, or in the format of the model
+that it was made from. Its ternary matrices are then numbers, at most three different ones each."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import torch
+
+import tsld
+from data.texts import UserError
+
+
+class TheirTokenizer:
+    """A tokenizer of transformers, with the methods of tiktoken's."""
+
+    def __init__(self, name, tokenizer):
+        self.name, self.decode, self.theirs = name, tokenizer.decode, tokenizer
+        self.encode_ordinary = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
+        self.decode_bytes = lambda ids: tokenizer.decode(ids).encode()
+
+
+def load_theirs(name, eager=False):
+    """Model and tokenizer, by path or owner/name. eager: L2L looks at the attention, which the
+    faster implementations never write down."""
+    if not importlib.util.find_spec("transformers"):
+        raise UserError(f"{name} takes the package transformers, which is not installed")
+    import transformers
+
+    kind = {"attn_implementation": "eager"} if eager else {}
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        load = transformers.AutoModelForCausalLM.from_pretrained
+        model = load(name, dtype=torch.float32, **kind)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name}: {str(error).strip().splitlines()[0]}")
+    model.config.use_cache = False  # of keys and values, which training has no use for
+    model.generation_config.do_sample = True
+    return model, TheirTokenizer(name, tokenizer)
+
+
+@torch.no_grad()
+def logits_are_hidden_times_head(model):
+    """Are they hidden @ head.T and nothing more? Two tokens show it."""
+    if not hasattr(model, "lm_head"):
+        return False
+    ids = torch.zeros(1, 2, dtype=torch.long)
+    product = model.base_model(ids)[0] @ model.lm_head.weight.t()
+    return torch.allclose(model.eval()(ids).logits, product, rtol=1e-5, atol=1e-5)
+
+
+def unpacked(student, blank):
+    """`blank`, a full-precision model of transformers, with the weights of its packed student."""
+    weights = student.state_dict()
+    for name, layer in student.named_modules():
+        if isinstance(layer, tsld.PackedLinear):
+            weight = layer.dequantized()
+            del weights[f"{name}.packed"], weights[f"{name}.scale"]
+            transposed = tsld._is_conv1d(blank.get_submodule(name))
+            weights[f"{name}.weight"] = weight.t() if transposed else weight
+    blank.load_state_dict(weights)
+    return blank
+
+
+def save_tokenizer(tokenizer, folder):
+    """A tiktoken.Encoding as tokenizer.json and tokenizer_config.json, as transformers reads them."""
+    special = {tokenizer.encode_single_token(s): s for s in tokenizer.special_tokens_set}
+    ids = [i for i in range(tokenizer.n_vocab) if i not in special]
+    ranks = {tokenizer.decode_single_token_bytes(i): i for i in ids}
+    merges = [split(token, ranks) for token in ranks if len(token) > 1]
+    isolated = {"behavior": "Isolated", "invert": False}
+    bytes_as_letters = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+    bytes_as_letters["trim_offsets"] = True
+    steps = [{"type": "Split", "pattern": {"Regex": tokenizer._pat_str}} | isolated]
+    added = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    content = {
+        "version": "1.0",
+        "added_tokens": [
+            {"id": i, "content": s, "special": True} | added for i, s in special.items()
+        ],
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*steps, bytes_as_letters]},
+        "decoder": bytes_as_letters,
+        "model": {
+            "type": "BPE",
+            "vocab": {letters(token): i for token, i in ranks.items()},
+            "merges": [" ".join(map(letters, pair)) for pair in merges],
+        },
+    }
+    (Path(folder) / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast"} | {"eos_token": s for s in special.values()}
+    (Path(folder) / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+def letters(token):
+    """A token's bytes as GPT-2's files spell them: each byte that is no visible character of
+    Latin-1 as the next letter from 256 on."""
+    return "".join(LETTERS[byte] for byte in token)
+
+
+VISIBLE = {*range(33, 127), *range(161, 173), *range(174, 256)}
+HIDDEN = sorted({*range(256)} - VISIBLE)
+LETTERS = [chr(b if b in VISIBLE else 256 + HIDDEN.index(b)) for b in range(256)]
+
+
+def split(token, ranks):
+    """The two tokens that byte-pair encoding merges last to make `token`."""
+    parts = [bytes([byte]) for byte in token]
+    while len(parts) > 2:
+        pairs = [ranks.get(a + b, len(ranks)) for a, b in zip(parts, parts[1:])]
+        i = min(range(len(pairs)), key=pairs.__getitem__)
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts
