@@ -48,8 +48,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_small
 import tsld
-from data import texts
-from data.evidence import baselines, bench, figures, table, vocabulary
+from data import exchange, texts
+from data.evidence import baselines, bench, figures, llama, table, vocabulary
 from tsld import GPT, GPTConfig, QuantLinear, TrainConfig
 
 torch.set_num_threads(1)  # the tensors here are tiny: two threads would only wait for one another
@@ -766,6 +766,60 @@ def test_logits_are_those_of_transformers_gpt2_from_the_same_file(size, layout, 
     assert ours.config.n_head == (4 if size == "tiny" else 12)
     ids = torch.randint(theirs.config.vocab_size, (2, 32))
     torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_saved_tokenizer_merges_bytes_as_tiktoken_does(tmp_path):
+    tokenizer = train_small.load_tokenizer("bpe2048")
+    exchange.save_tokenizer(tokenizer, tmp_path)
+    saved = json.loads((tmp_path / "tokenizer.json").read_text())
+    split, spelled = saved["pre_tokenizer"]["pretokenizers"]
+    assert (split["behavior"], spelled["add_prefix_space"]) == ("Isolated", False)
+    # GPT-2's letters of the 256 bytes, from the vocabulary: they are its first 256 entries.
+    letter = {tokenizer.decode_single_token_bytes(i): i for i in range(2048)}
+    by_id = {i: token for token, i in saved["model"]["vocab"].items()}
+    letters = {byte: by_id[letter[bytes([byte])]] for byte in range(256)}
+    assert [letters[ord(c)] for c in "aZ~ \n"] == ["a", "Z", "~", "\u0120", "\u010a"]
+    merges = {tuple(pair.split()): rank for rank, pair in enumerate(saved["model"]["merges"])}
+    text, ids = "the company said it wo n't, café 中\n\n  in N", []
+    for word in re.findall(split["pattern"]["Regex"], text):
+        parts = [letters[byte] for byte in word.encode()]
+        while pairs := [(merges[p], i) for i, p in enumerate(zip(parts, parts[1:])) if p in merges]:
+            i = min(pairs)[1]
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        ids += [saved["model"]["vocab"][part] for part in parts]
+    assert ids == tokenizer.encode_ordinary(text)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("float16", 5e-3)])
+def test_an_exported_student_opens_in_transformers_as_the_same_model(
+    dtype, tolerance, tiny, capsys, tmp_path
+):
+    run(tiny, capsys)
+    packed, folder = tmp_path / "out" / "student-tsld.packed", tmp_path / "exported"
+    word = [] if dtype == "float32" else [dtype]
+    assert str(folder) in run(["--export", str(packed), str(folder), *word], capsys)
+    student, tokenizer = train_small.load_student(packed)
+    for name, tensor in torch.load(folder / "pytorch_model.bin").items():
+        assert tensor.dtype == getattr(torch, dtype), name
+        if ".c_" in name and tensor.dim() == 2:
+            assert tensor.unique().numel() <= 3, name
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    again = transformers.AutoTokenizer.from_pretrained(folder)
+    for text in (WORDS, "the quick brown fox wo n't\n\n\t  jump: 1,000 café 中文 🙂 "):
+        assert again(text, add_special_tokens=False)["input_ids"] == tokenizer.encode_ordinary(text)
+        assert again.decode(tokenizer.encode_ordinary(text)) == text
+    ids = torch.tensor([tokenizer.encode_ordinary(WORDS)[:6]])
+    exact = student(ids)
+    assert (theirs(ids).logits - exact).abs().max() <= tolerance * max(1, exact.abs().max().item())
+    asked = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    if dtype == "float32":
+        assert torch.equal(theirs.generate(ids, **asked), student.generate(ids, 8, temperature=0))
+
+
+@pytest.mark.parametrize("words", [["x"], ["x", "y", "float8"], ["x", "y", "float16", "z"]])
+def test_an_export_takes_a_file_a_folder_and_float16(words, capsys):
+    refused(["--export", *words], capsys, "--export takes FILE FOLDER")
 
 
 def test_published_weights_that_are_not_gpt2s_are_refused_by_name(tmp_path):
@@ -1674,6 +1728,19 @@ def test_another_familys_student_is_quantized_distilled_packed_and_saved(name, t
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+def test_another_familys_student_is_exported_as_a_model_of_its_family(name, tmp_path):
+    student = tsld.pack_model(tsld.quantize_model(family(name)))
+    unpacked = exchange.unpacked(student, family(name, seed=1))
+    unpacked.save_pretrained(tmp_path)
+    again = type(unpacked).from_pretrained(tmp_path).eval()
+    ids = micro_ids(2, 8)
+    torch.testing.assert_close(again(ids).logits, student(ids).logits, rtol=1e-4, atol=1e-4)
+    layers = [m for m in student.modules() if isinstance(m, tsld.PackedLinear)]
+    values = [p.unique().numel() for n, p in again.named_parameters() if p.dim() == 2]
+    assert sum(n <= 3 for n in values) >= len(layers) > 0
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("loss", ["gt", "logit", "l2l", "logit_gt", "tsld"])
 def test_another_familys_losses_are_those_of_its_logits(name, loss):
     teacher, student = family(name), family(name, seed=1)
@@ -1688,7 +1755,7 @@ def test_another_familys_losses_are_those_of_its_logits(name, loss):
     ):  # the future has probability 0 in both
         layers = layers + (s - t).square().sum() / (3 * 2 * 8 * 9 / 2)
     expected = tsld.distillation_loss(loss, terms._replace(layers=layers))
-    assert train_small.logits_are_hidden_times_head(student)
+    assert exchange.logits_are_hidden_times_head(student)
     type(student).hidden = lambda self, ids: self.base_model(ids)[0]  # as train_small gives it
     for way in {loss != "l2l", False}:
         ours = tsld.training_loss(student, teacher, ids, targets, config, way)
@@ -1706,7 +1773,7 @@ def test_logits_that_are_more_than_hidden_times_head_are_not_taken_for_it():
     student.lm_head.register_forward_hook(
         lambda module, inputs, logits: 30 * torch.tanh(logits / 30)
     )
-    assert not train_small.logits_are_hidden_times_head(student)
+    assert not exchange.logits_are_hidden_times_head(student)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1977,6 +2044,33 @@ def test_memory_on_paper_is_that_of_a_real_file_and_of_a_measured_step(tmp_path)
         shape = bench.Shape(layers, 256, 1024, 8192, 128)
         paper.append(bench.memory_on_paper(shape, batch, 128, "float32")["training"])
     assert measured[1] - measured[0] == pytest.approx(paper[1] - paper[0], rel=0.2)
+
+
+def test_a_gguf_file_holds_the_ternary_matrices_in_two_bits(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    config = GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=256)
+    model = tsld.pack_model(tsld.quantize_model(GPT(config)))
+    model.save_pretrained(tmp_path)
+    llama.write_gguf(GPT.from_pretrained(tmp_path), tmp_path / "model.gguf")
+    tensors = {t.name: t for t in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    assert len(tensors) == 2 + 2 + 12
+    for name, layer in (
+        ("blk.0.attn_qkv", model.h[0].attn.c_attn),
+        ("blk.0.attn_output", model.h[0].attn.c_proj),
+        ("blk.0.ffn_up", model.h[0].mlp.c_fc),
+        ("blk.0.ffn_down", model.h[0].mlp.c_proj),
+    ):
+        stored = tensors[f"{name}.weight"]
+        assert stored.n_bytes == layer.dequantized().numel() / 256 * 66  # 2 bits, and a scale
+        weight = torch.from_numpy(gguf.quants.dequantize(stored.data, stored.tensor_type))
+        torch.testing.assert_close(weight, layer.dequantized(), rtol=5e-4, atol=0)
+
+
+def test_a_width_that_llama_cpp_cannot_pack_is_refused(tmp_path, capsys):
+    micro_gpt().save_pretrained(tmp_path)
+    assert train_small.main([str(tmp_path), "out.gguf"], llama.main) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and ("not 12" in error or "package gguf" in error)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2427,14 +2521,48 @@ def has_loopback():
         return False
 
 
-def run_together(tmp_path, flags, stop_at="never"):
+def run_together(tmp_path, flags, program="together.py", **environment):
     """Two processes; returns what they printed."""
     (tmp_path / "together.py").write_text(TOGETHER)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
-    environment["STOP_AT"] = stop_at
-    command += [tmp_path / "together.py", *flags]
+    environment = {"STOP_AT": "never", **environment}
+    environment |= {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+    command += [tmp_path / program, *map(str, flags)]
     return subprocess.run(command, capture_output=True, env=environment, timeout=120, text=True)
+
+
+MEMORY_OF_TWO = """
+import os, sys
+import torch, train_small, tsld
+from data.evidence import bench
+torch.set_num_threads(1)
+torch.distributed.init_process_group("gloo")
+layers, batch, device = int(sys.argv[1]), int(sys.argv[2]), torch.device("cpu")
+teacher = tsld.GPT(tsld.GPTConfig(128, 8192, layers, 4, 256))
+student = train_small.spread(tsld.quantize_model(tsld.GPT(teacher.config)), device)
+teacher = train_small.spread(teacher, device)
+text = torch.arange(10_000) % 8192
+for _ in tsld.train(student, text, tsld.TrainConfig(steps=3, batch_size=batch), teacher):
+    pass
+if torch.distributed.get_rank() == 0:
+    print(bench.peak_memory())
+"""
+
+
+@pytest.mark.skipif(not has_loopback(), reason="no loopback network")
+def test_memory_on_paper_of_two_gpus_is_that_of_two_processes(tmp_path):
+    if not bench.peak_memory():
+        pytest.skip("this system does not say how much memory a process had")
+    (tmp_path / "memory.py").write_text(MEMORY_OF_TWO)
+    measured, paper = [], []
+    # Without it glibc keeps much of what is freed, in pieces too small to be used again.
+    returned = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    for layers, batch in ((2, 8), (14, 24)):  # their difference is free of what torch itself takes
+        together = run_together(tmp_path, [layers, batch], "memory.py", **returned)
+        measured.append(int(together.stdout))
+        shape = bench.Shape(layers, 256, 1024, 8192, 128)
+        paper.append(bench.memory_on_paper(shape, batch, 128, "float32", gpus=2)["training"])
+    assert measured[1] - measured[0] == pytest.approx(paper[1] - paper[0], rel=0.15)
 
 
 @pytest.mark.skipif(not has_loopback(), reason="no loopback network")
@@ -2459,7 +2587,7 @@ def test_two_processes_that_share_the_weights_train_and_score_as_one(tiny, capsy
 @pytest.mark.skipif(not has_loopback(), reason="no loopback network")
 def test_what_two_processes_left_off_one_resumes(tiny, capsys, tmp_path):
     flags = ["--loss", "l2l", "--dtype", "float32", *tiny]
-    stopped = run_together(tmp_path, flags, stop_at="student, l2l: step 2/6")
+    stopped = run_together(tmp_path, flags, STOP_AT="student, l2l: step 2/6")
     assert "stopped after step 2 of 6; go on with the same command and --resume" in stopped.stderr
     resumed = run([*flags, "--resume"], capsys)
     assert "student, l2l: step 6/6" in resumed and "student, l2l: step 2/6" not in resumed
@@ -2910,6 +3038,40 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(tiny, capsys, tmp_path):
     refused(["--resume", "--granularity", "channel", *tiny], capsys, "another run: quantizers is")
     refused(["--resume", "--teacher-steps", "2", *tiny], capsys, "another run: teacher is")
     run(["--resume", *tiny], capsys)
+
+
+@pytest.mark.parametrize("accelerator, dtype", [("mps", "float32"), (None, None)])
+def test_the_accelerator_that_is_there_is_chosen(accelerator, dtype, monkeypatch):
+    found = accelerator and torch.device(accelerator)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: found)
+    device = train_small.choose_device(None)
+    assert device.type == (accelerator or "cpu")
+    if dtype:
+        assert train_small.default_dtype(device) == dtype
+
+
+class Types(TorchDispatchMode):
+    """Notes the types of the tensors that operations make."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        made = function(*arguments, **(keywords or {}))
+        self.made |= {t.dtype for t in (made,) if torch.is_tensor(t)}
+        return made
+
+
+@pytest.mark.parametrize("loss", tsld.LOSSES)
+def test_nothing_on_the_device_is_float64_which_apples_gpus_lack(loss):
+    with Types() as types:
+        student, teacher = tsld.quantize_model(micro_gpt()), micro_gpt(1)
+        for _ in tsld.train(student, TEXT, replace(BRIEF, loss=loss, block_size=8), teacher):
+            pass
+        tsld.evaluate(student, TEXT, 8)
+        tsld.pack_model(student).generate(micro_ids(T=6), 2, top_k=3)
+    assert torch.float32 in types.made and torch.float64 not in types.made
 
 
 def test_a_device_that_is_not_there_is_refused(tiny, capsys):

@@ -500,7 +500,8 @@ def load_theirs(args):
 
 def choose_device(name):
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        accelerator = torch.accelerator.current_accelerator(check_available=True)  # cuda, mps
+        return accelerator or torch.device("cpu")
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
@@ -705,7 +706,7 @@ FLAGS = {
     ],
     "the run": [
         ("seed", 0, {"type": number(int, or_equal=True)}, "of weights, data order and sampling"),
-        ("device", None, {}, "cpu, cuda, ... (default cuda where there is one)"),
+        ("device", None, {}, "cpu, cuda, mps, ... (default the accelerator where there is one)"),
         ("out", "out", {}, "folder for checkpoints and results"),
         ("resume", False, {"action": "store_true"}, "go on with a student that was interrupted"),
     ],

@@ -48,10 +48,10 @@ def optq_weight(weight, x):
     for w. Source: Frantar et al., "OPTQ: Accurate Quantization for Generative Pre-trained
     Transformers", 2023.
     """
-    w = weight.detach().double()
-    _, scale, zero_point = quantize_int4(weight, "channel")  # each (out, 1)
+    w, x = weight.detach().cpu().double(), x.cpu().double()  # on CPUs: Apple's GPU has no float64
+    _, scale, zero_point = quantize_int4(weight.cpu(), "channel")  # each (out, 1)
     step = torch.where(scale > 0, scale, 1.0)  # of a row of zeros: 0 / 1 instead of 0 / 0
-    H = x.double().t() @ x.double()  # (in, in)
+    H = x.t() @ x  # (in, in)
     H.diagonal().add_(max(0.01 * H.diagonal().mean().item(), 1e-12))  # few inputs leave H singular
     U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
     for i in range(w.shape[1]):
@@ -60,7 +60,7 @@ def optq_weight(weight, x):
         error = (w[:, i : i + 1] - rounded) / U[i, i]
         w[:, i + 1 :] -= error * U[i, i + 1 :]
         w[:, i : i + 1] = rounded
-    return w.to(weight.dtype)
+    return w.to(weight.device, weight.dtype)
 
 
 def optq(model, calibration_ids, bits=4):

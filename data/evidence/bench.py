@@ -26,6 +26,7 @@ import torch
 from torch.nn import functional as F
 
 import tsld
+from data.evidence.llama import write_gguf
 from train_small import UserError, choose_device, default_dtype
 from train_small import main as run_as_command
 from tsld import GPT, LOSSES, GPTConfig, TrainConfig
@@ -106,7 +107,7 @@ def bench_matvec(device, bandwidth):
         print_ratios(f"matrix-vector product, {shape[0]} x {shape[1]}", "µs", values)
 
 
-def bench_generation(device, bandwidth, model, packed):
+def bench_generation(device, bandwidth, model, packed, folder):
     """Tokens per second after the first one, batch 1, greedy."""
     prompt, length = torch.randint(model.config.vocab_size, (1, 8), device=device), 120
 
@@ -135,6 +136,18 @@ def bench_generation(device, bandwidth, model, packed):
             (length - 1) / (seconds(length) - seconds(1))
         )
     contestants["packed"] = lambda: ours(packed)
+    if device.type == "cpu" and all(map(importlib.util.find_spec, ("gguf", "llama_cpp"))):
+        theirs_packed = llama_cpp_model(packed, folder)
+
+        def llama_cpp():
+            theirs_packed.reset()
+            theirs_packed.eval(prompt[0].tolist())
+            begin = time.perf_counter()
+            for n in range(prompt.shape[1], prompt.shape[1] + length - 1):
+                theirs_packed.eval([int(theirs_packed.scores[n - 1].argmax())])
+            return (length - 1) / (time.perf_counter() - begin)
+
+        contestants["llama.cpp, ternary weights in TQ2_0"] = llama_cpp
     rates = {name: [] for name in contestants}
     for turn in range(6):
         for name, contestant in contestants.items():
@@ -145,6 +158,17 @@ def bench_generation(device, bandwidth, model, packed):
     read = sum(t.numel() * t.element_size() for t in (*packed.parameters(), *packed.buffers()))
     values["bandwidth alone, packed"] = bandwidth / (read - packed.wpe.weight.numel() * 2)
     print_ratios("generation, GPT-2 small's shape", "tokens/s", values, larger_is_better=True)
+
+
+def llama_cpp_model(packed, folder):
+    """The same model in llama.cpp, with as many threads."""
+    from llama_cpp import Llama
+
+    packed.save_pretrained(folder)
+    write_gguf(GPT.from_pretrained(folder), folder / "model.gguf")
+    # logits_all: where they are read, each step writes its own alone.
+    setting = {"n_threads": torch.get_num_threads(), "logits_all": True, "verbose": False}
+    return Llama(str(folder / "model.gguf"), n_ctx=256, **setting)
 
 
 def in_new_process(function, *arguments):
@@ -335,46 +359,60 @@ SHAPES = {
 }
 
 
-def memory_on_paper(shape, batch=4, length=512, dtype="bfloat16"):
-    """Bytes: the model in FP32, in FP16 and packed, and what training its student under TSLD takes.
+def memory_on_paper(shape, batch=4, length=512, dtype="bfloat16", gpus=1):
+    """Bytes: the model in FP32, in FP16 and packed, and what training its student under TSLD takes
+    on each of `gpus` GPUs.
 
-    Training holds the student with AdamW's two averages and the teacher. On top of these come at
-    first the layers' dequantized weights and activations with the lean loss's scratch space and
-    gradient of the head, and at the end the gradients of all weights; the larger of the two makes
-    the peak.
+    Training holds the student with AdamW's two averages, and the teacher; several GPUs share these
+    out. On top of them come at first the layers' dequantized weights and activations with the lean
+    loss's scratch space and gradient of the head, and at the end the gradients of all weights; the
+    larger of the two makes the peak. Of several GPUs each has its part of the batch, and gathers
+    the weights that it works with: those of two blocks (this one, and the next on its way) and the
+    embeddings, and their gradients before these are shared out.
     """
     linear, embeddings, rest = shape.parameters()
     N, product = linear + embeddings + rest, {"bfloat16": 2, "float32": 4}[dtype]
-    state = 4 * N + 8 * N + product * N
+    state = (4 * N + 8 * N + product * N) / gpus
     # Per token and layer: the residual twice, in float32; both norms, query, key, value, and what
     # attention gives, laid out in two ways; the MLP's inner state before and after its
     # nonlinearity, and in a gated MLP the two factors as well.
     inner = (2 if shape.matrices == 6 else 4) * shape.inner
+    sequences = math.ceil(batch / gpus)
     activations = (
-        batch * length * shape.layers * (2 * 4 * shape.width + product * (7 * shape.width + inner))
+        sequences
+        * length
+        * shape.layers
+        * (2 * 4 * shape.width + product * (7 * shape.width + inner))
     )
-    logits = min(tsld.SCRATCH_BYTES, 4 * batch * length * shape.vocabulary)
+    logits = min(tsld.SCRATCH_BYTES, 4 * sequences * length * shape.vocabulary)
     lean = 2 * logits + 4 * shape.vocabulary * shape.width
+    gathered, gathered_gradients = 0, 0
+    if gpus > 1:
+        blocks = 2 * (linear + rest) / shape.layers
+        gathered = (4 + product) * (blocks + embeddings)
+        gathered_gradients = 4 * (blocks + embeddings)
+    forward = product * linear + activations + lean + gathered
+    backward = 4 * N / gpus + gathered + gathered_gradients
     return {
         "FP32": 4 * N,
         "FP16": 2 * N,
         "packed": linear / 4 + 2 * embeddings + 4 * rest,
-        "training": state + max(product * linear + activations + lean, 4 * N),
+        "training": state + max(forward, backward),
     }
 
 
-def bench_memory_on_paper():
-    print(f"\n{'GB, training with TSLD: bf16, 4 x 512 tokens':52}", end="")
-    print(
-        "".join(f"{title:>10}" for title in ("FP32", "FP16", "packed", "training")), "  one GPU of"
-    )
+def bench_memory_on_paper(gpus=(2, 4, 8), size=80e9):
+    """A model fits where a tenth of the GPU is left for the rest."""
+    print(f"\n{'GB, training with TSLD: bf16, 4 x 512 tokens':44}", end="")
+    titles = ("FP32", "FP16", "packed", "training", *(f"each of {n}" for n in gpus))
+    print("".join(f"{title:>11}" for title in titles), f"  GPUs of {size / 1e9:.0f} GB")
     for name, shape in SHAPES.items():
         memory = memory_on_paper(shape)
-        fits = [
-            size for size in (24, 80, 141) if memory["training"] < 0.9 * size * 1e9
-        ]  # 10 % for the rest
-        figures = "".join(f"{value / 1e9:10.2f}" for value in memory.values())
-        print(f"  {name:50}{figures}   {f'{fits[0]} GB' if fits else 'none: several'}")
+        for n in gpus:
+            memory[n] = memory_on_paper(shape, gpus=n)["training"]
+        fits = [n for n in (1, *gpus) if memory[n if n > 1 else "training"] < 0.9 * size]
+        figures = "".join(f"{value / 1e9:11.2f}" for value in memory.values())
+        print(f"  {name:42}{figures}  {fits[0] if fits else f'more than {gpus[-1]}'}")
 
 
 def bench(device):
@@ -391,7 +429,7 @@ def bench(device):
         tsld.write_file(Path(folder) / "model.pt", model.state_dict())
         tsld.save_model(Path(folder) / "model.packed", packed)
         packed = tsld.load_model(Path(folder) / "model.packed")
-        bench_generation(device, bandwidth, model.to(device), packed.to(device))
+        bench_generation(device, bandwidth, model.to(device), packed.to(device), Path(folder))
         bench_memory(Path(folder))
 
 
