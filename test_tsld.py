@@ -1470,7 +1470,7 @@ def test_a_packed_file_fills_a_model_that_is_not_our_gpt(tmp_path):
         wrong = other(tied)
         wrong.norm = nn.LayerNorm(8)
         with pytest.raises(
-            tsld.CheckpointError, match=r"another model: norm\.bias has shape \(7,\), not \(8,\)"
+            tsld.CheckpointError, match=r"another model: ValueError norm\.bias is \(7,\) .*, not \(8,\)"
         ):
             tsld.load_model(path, into=wrong)
         assert type(wrong.up) is nn.Linear  # untouched

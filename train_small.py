@@ -767,8 +767,10 @@ def main(argv=None, command=None):
         with process_group():
             command(argv)
         return 0
-    except (UserError, tsld.CheckpointError, OSError) as error:  # OSError: a disk full, a file gone
+    except (UserError, tsld.CheckpointError) as error:
         message, code = error, 2
+    except OSError as error:  # a disk full, a file gone
+        message, code = f"{error.filename}: {error.strerror}" if error.filename else error, 2
     except tsld.TrainingDiverged as error:
         message, code = error, 1
     except TrainingStopped as error:

@@ -14,7 +14,6 @@ distribution as its full-precision *teacher* (distillation). TSLD says how much 
                 teacher is of the true token              student against teacher
 
 Symbols, and what the code calls them:
-
     n, N     a token's position in its sequence, and the sequence's length dimension T
     i, V     an entry of the vocabulary, and the vocabulary's size         dimension V
     y_n      the true next token at position n (one-hot in the formula)    targets        (B, T)
@@ -43,10 +42,8 @@ The whole method, from a teacher to a packed student (run it in a folder of your
 
 The student starts as a copy of its teacher: the trained weights are the best guess at hand, and all
 that is left to learn is how to live with the rounding.
-
 Contents: 1. Losses. 2. Quantizers. 3. GPT. 4. Training. 5. Packing. 6. The same at less cost: a
 loss without (B, T, V) logits, the product in C; skipping it loses nothing of the method.
-
 Losses are in nats unless a name says bits. Tensors keep their device and dtype unless a docstring
 says otherwise. Bad arguments raise ValueError, a file that is not what it should be raises
 CheckpointError, a training run that blows up TrainingDiverged; each message names the cause."""
@@ -59,7 +56,9 @@ import os
 import subprocess
 import sys
 import tempfile
+import zipfile
 from collections import OrderedDict
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -111,11 +110,10 @@ def per_token_terms(student_logits, teacher_logits, targets):
 
 
 def token_scale(ce_teacher, temperature=10.0):
-    """softmax_n(ce_teacher / τ): how much each token of a sequence counts. It runs over the N
-    tokens of one sequence, not over the vocabulary and not over the batch.
-    ce_teacher: (B, T) in nats -> (B, T), rows sum to 1, detached. At τ = 1 the
-    weights are proportional to 1 / P^T[y_n]; at math.inf all are 1/N, which is plain logit
-    distillation. ValueError: a temperature not above 0."""
+    """softmax_n(ce_teacher / τ): how much each token of a sequence counts. It runs over the tokens
+    of one sequence, not over the vocabulary and not over the batch. ce_teacher: (B, T) in nats ->
+    (B, T), rows sum to 1, detached. At τ = 1 the weights are proportional to 1 / P^T[y_n]; at
+    math.inf all are 1/N: plain logit distillation. ValueError: a temperature not above 0."""
     if not temperature > 0:
         raise ValueError(f"the token scale's temperature must be above 0, not {temperature}")
     return (ce_teacher.detach() / temperature).softmax(dim=1)
@@ -145,9 +143,7 @@ class Trace(NamedTuple):
 
 def layer_to_layer_loss(student_trace, teacher_trace):
     """L2L, the distillation made for encoders (table 1: L2L+logit), a float32 scalar:
-
         Σ_layers MSE(hidden states) + Σ_layers MSE(attention scores at and before each position)
-
     The mask hides the future from the model, so T(T+1)/2 scores of a head count, on and below the
     diagonal. No gradient flows into the teacher. A transformers model has .attentions,
     probabilities, in place of the scores; ValueError: it has none."""
@@ -177,7 +173,6 @@ def distillation_loss(name, terms, temperature=10.0, gt_weight=0.0):
 # A weight matrix (out, in) becomes small integers, the codes, and one float32 scale for the whole
 # matrix ("tensor") or for each of its rows, the output channels ("channel").
 
-
 def _group(granularity):
     """The dimensions that share one scale; reducing them with keepdim leaves (1, 1) or (out, 1)."""
     if granularity not in ("tensor", "channel"):
@@ -187,12 +182,10 @@ def _group(granularity):
 
 def ternarize(weight, granularity="tensor"):
     """The ternary quantizer, w ≈ α · codes: the 2-bit (W2) rows of the paper's table 1.
-
         Δ = 0.7 · mean|w|   codes = +1 where w > Δ, -1 where w < -Δ, else 0
         α = mean of |w| where |w| > Δ       (Li et al., "Ternary Weight Networks", 2016)
-    weight: (out, in), any float dtype. Returns codes, int8 (out, in) in {-1, 0, +1}, and scale,
-    float32, (1, 1) for "tensor" or (out, 1) for "channel". A group of zeros gets scale 0.
-    ValueError: another granularity."""
+    weight: (out, in), any float dtype. Returns codes, int8 (out, in) in {-1, 0, +1}, and a float32
+    scale, (1, 1) or (out, 1). A group of zeros gets scale 0. ValueError: another granularity."""
     group = _group(granularity)
     w = weight.detach().float()
     threshold = 0.7 * w.abs().mean(group, keepdim=True)
@@ -205,10 +198,8 @@ def ternarize(weight, granularity="tensor"):
 
 def quantize_int4(weight, granularity="tensor"):
     """Asymmetric 4-bit round-to-nearest, w ≈ scale · (codes - zero_point): the W4 rows of table 1.
-
         low = min(w, 0)   high = max(w, 0)   scale = (high - low) / 15
         zero_point = round(-low / scale)     codes = round(w / scale) + zero_point, clamped to 0..15
-
     The range includes 0, so 0 stays exactly 0 and weights all of one sign are not clipped.
     weight: (out, in), any float dtype. Returns codes, uint8 (out, in), and float32 scale and int32
     zero_point as in ternarize. ValueError: another granularity."""
@@ -256,8 +247,8 @@ def quantize_model(model, bits=2, granularity="tensor"):
     fake_quantize(torch.zeros(1, 1), bits, granularity)  # refuses bad arguments before any change
     heads = _output_heads(model)
     every = model.named_modules(remove_duplicate=False)  # a layer that is used twice has two names
-    layers = {n: m for n, m in every if isinstance(m, nn.Linear) or _is_conv1d(m)}
-    layers = {n: m for n, m in layers.items() if not any(m is head for head in heads)}
+    every = {n: m for n, m in every if not any(m is head for head in heads)}
+    layers = {n: m for n, m in every.items() if isinstance(m, nn.Linear) or _is_conv1d(m)}
     if not layers:
         raise ValueError(f"{type(model).__name__} has no linear layer to quantize")
     for name, old in layers.items():
@@ -291,16 +282,26 @@ def _output_heads(model):
 # everywhere, GELU in its tanh approximation, output head tied to the token embedding. Parameters
 # have the names and shapes of the published weights (where c_attn, c_proj, c_fc are transposed).
 
-
 def load_tensors(path):
-    """What torch.save wrote, on the CPU. CheckpointError: the file is damaged, or could run code,
-    which it then does not."""
-    with open(path, "rb") as file:
-        try:
-            return torch.load(file, map_location="cpu", weights_only=True)
-        except Exception:  # a damaged or crafted file can make torch trip over anything
-            what = "is truncated or holds more than plain values, and is not loaded"
-    raise CheckpointError(f"{path} {what}")
+    """What torch.save wrote, on the CPU. CheckpointError: the file is damaged, unpacks to more than
+    its size, or could run code, which it then does not."""
+    what = "is truncated or holds more than plain values, and is not loaded"
+    with open(path, "rb") as file, _refusing(path, what):
+        entries = zipfile.ZipFile(file).filelist if zipfile.is_zipfile(file) else []
+        if any(entry.compress_type for entry in entries):
+            raise ValueError("torch.save does not compress")
+        file.seek(0)
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+@contextmanager
+def _refusing(path, what=None):
+    """Whatever a file's content makes torch trip over becomes a CheckpointError."""
+    try:
+        yield
+    except Exception as error:
+        words = what or f"{type(error).__name__} {' '.join(str(error).split()):.200}"
+        raise CheckpointError(f"{path} {words}") from None
 
 
 @dataclass
@@ -335,8 +336,7 @@ class Attention(nn.Module):
             keys[:, :, start : start + T], values[:, :, start : start + T] = k, v
             k, v = keys[:, :, : start + T], values[:, :, : start + T]
         scores = q @ k.transpose(-2, -1) / math.sqrt(k.shape[-1]) if trace else None
-        # The softmax of the scores at and before each position, times v. Fused; on CPUs in float32,
-        # as the bfloat16 form has a slow backward pass there.
+        # Softmax of the scores so far, times v, fused; in bfloat16 its backward is slow on CPUs.
         q, k, v = (t.float() if x.device.type == "cpu" else t for t in (q, k, v))
         dropout = self.dropout if self.training else 0.0
         with torch.autocast("cpu", enabled=False):
@@ -409,21 +409,19 @@ class GPT(nn.Module):
     def generate(self, ids, max_new_tokens, temperature=1.0, top_k=None, on_token=None):
         """Continues each row of ids, int64 (B, T), by samples from softmax(logits / temperature),
         of the `top_k` likeliest tokens where given; temperature 0 takes the likeliest. Returns all,
-        (B, T + max_new_tokens). Leaves the model in the mode it found. on_token: is called with
-        each new column, (B, 1), as it comes. ValueError: an empty prompt, more than block_size
-        tokens, or a setting out of range."""
+        (B, T + max_new_tokens). Its mode is left as found. on_token: gets each new column, (B, 1),
+        as it comes. ValueError: no prompt, more than block_size tokens, a setting out of range."""
         (B, T), config, was_training = ids.shape, self.config, self.training
         if T == 0 or T + max_new_tokens > config.block_size:
             asked = f"a prompt of {T} tokens and {max_new_tokens} new ones"
             raise ValueError(f"{asked} are not 1 to block_size {config.block_size} tokens")
         if temperature < 0 or top_k is not None and top_k < 1:
             raise ValueError(f"temperature {temperature} is below 0, or top_k {top_k} below 1")
-        shape = (B, config.n_head, T + max_new_tokens, config.n_embd // config.n_head)
+        shape = (2, B, config.n_head, T + max_new_tokens, config.n_embd // config.n_head)
         self.eval()
         columns, start = [ids], 0
         with torch.inference_mode():  # a little faster than no_grad
-            zeros = self.ln_f.weight.new_zeros  # a layer's keys, and its values
-            cache = [(zeros(shape), zeros(shape)) for _ in self.h]
+            cache = [self.ln_f.weight.new_zeros(shape).unbind() for _ in self.h]  # keys, values
             for _ in range(max_new_tokens):
                 last = self.hidden(columns[-1], cache, start)[:, -1]  # (B, C)
                 logits = self.lm_head(last).float()  # (B, V)
@@ -431,10 +429,8 @@ class GPT(nn.Module):
                 if top_k is not None:
                     least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
                     logits = logits.masked_fill(logits < least, -math.inf)
-                if temperature == 0:
-                    columns.append(logits.argmax(-1, keepdim=True))  # (B, 1)
-                else:
-                    columns.append(torch.multinomial((logits / temperature).softmax(-1), 1))
+                columns.append(logits.argmax(-1, keepdim=True) if temperature == 0 else  # (B, 1)
+                               torch.multinomial((logits / temperature).softmax(-1), 1))
                 if on_token is not None:
                     on_token(columns[-1])
         self.train(was_training)
@@ -447,7 +443,7 @@ class GPT(nn.Module):
         four published sizes. CheckpointError: truncated, of another model, or more than tensors."""
         path = Path(path) / "pytorch_model.bin" if Path(path).is_dir() else Path(path)
         content, config = load_tensors(path), path.with_name("config.json")
-        try:
+        with _refusing(f"{path} (n_head from {config}) is no GPT-2:"), torch.device("meta"):
             content = {name.removeprefix("transformer."): t for name, t in content.items()}
             masks = (".attn.bias", ".attn.masked_bias")  # which old files hold as well
             tensors = {n: _flipped(n, t) for n, t in content.items() if not n.endswith(masks)}
@@ -457,12 +453,8 @@ class GPT(nn.Module):
             vocab_size, n_embd = embedding.shape
             n_layer = sum(name.endswith(".ln_1.weight") for name in tensors)
             n_head = json.loads(config.read_bytes())["n_head"] if config.exists() else n_embd // 64
-            with torch.device("meta"):
-                model = cls(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd))
+            model = cls(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd))
             model.load_state_dict(tensors, assign=True)
-        except Exception as error:  # of any kind, as in load_tensors
-            words = f"{type(error).__name__} {' '.join(str(error).split()):.200}"
-            raise CheckpointError(f"{path} (n_head from {config}) is no GPT-2: {words}") from None
         model.lm_head.weight = model.wte.weight
         return model.eval()
 
@@ -488,8 +480,7 @@ class GPT(nn.Module):
 
 def _flipped(name, tensor):
     """In float32; the blocks' matrices transposed, which the published format has as (in, out)."""
-    linear = name.startswith("h.") and tensor.dim() == 2
-    return (tensor.t() if linear else tensor).float().contiguous()
+    return (tensor.t() if name.startswith("h.") else tensor).float().contiguous()
 
 
 # ------ 4. Training -------------------------------------------------------------------------------
@@ -536,10 +527,9 @@ def get_batch(tokens, batch_size, block_size, rng):
 def make_optimizer(model, config):
     """AdamW; weight decay on matrices alone."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
+    decays = ((True, config.weight_decay), (False, 0.0))  # is it a matrix?
+    groups = [{"params": [p for p in parameters if (p.dim() > 1) == matrix], "weight_decay": decay}
+              for matrix, decay in decays]
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
 
 
@@ -651,10 +641,8 @@ def bits_per_byte(nats_per_token, tokens, bytes):
 # bits of the first one. Where the rows are a multiple of 64 and K one of 4, 64 rows stand side by
 # side: the first 4 bytes of each of them, then the next 4, so that one read serves many outputs.
 
-
 def pack_ternary(codes):
     """codes: int8 (out, in) in {-1, 0, +1} -> uint8 (out, ceil(in / 4)).
-
     An example with 3 columns: K = 1, a row is one byte, and the fourth code is filling.
 
         codes          two's complement, last code first      byte
@@ -698,8 +686,7 @@ def ternary_matmul(x, packed, scale, bias=None):
     rows = x.reshape(-1, width).float()  # (M, in)
     parts = unpack_ternary(packed, width).split(1024)  # outputs at a time
     y = torch.cat([rows @ part.float().t() for part in parts], dim=1) * scale.flatten()
-    y = y if bias is None else y + bias
-    return y.to(x.dtype).view(*x.shape[:-1], out)
+    return (y if bias is None else y + bias).to(x.dtype).view(*x.shape[:-1], out)
 
 
 class PackedLinear(nn.Module):
@@ -742,8 +729,8 @@ def pack_model(model):
         raise ValueError("there is no 2-bit QuantLinear to pack: quantize_model makes them")
     for name, layer in layers.items():
         codes, scale = ternarize(layer.weight, layer.granularity)
-        bias = None if layer.bias is None else layer.bias.detach()
-        model.set_submodule(name, PackedLinear(layer.in_features, pack_ternary(codes), scale, bias))
+        rest = scale, None if layer.bias is None else layer.bias.detach()
+        model.set_submodule(name, PackedLinear(layer.in_features, pack_ternary(codes), *rest))
     return model.requires_grad_(False).eval()
 
 
@@ -753,10 +740,10 @@ PACKED_FORMAT = "tsld packed 3"  # the layout of section 5; older ones were othe
 def save_model(path, model):
     """Writes a packed model, whole or not at all: packed weights, float32 scales, biases and norms,
     float16 embeddings and output head, a GPT's config, and a checksum over it all. ValueError:
-    nothing in the model is packed, or an embedding is beyond float16's range."""
-    layers = {n: m.in_features for n, m in model.named_modules() if isinstance(m, PackedLinear)}
-    if not layers:
-        raise ValueError("there is no PackedLinear to save: pack_model makes them")
+    nothing is packed, not all quantized layers are, or an embedding is beyond float16's range."""
+    layers = [name for name, m in model.named_modules() if isinstance(m, PackedLinear)]
+    if not layers or any(isinstance(m, QuantLinear) for m in model.modules()):
+        raise ValueError("it takes PackedLinear layers in place of all QuantLinear: see pack_model")
     half = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     half |= {id(getattr(head, "weight", None)) for head in _output_heads(model)}
     tensors = {}
@@ -764,8 +751,14 @@ def save_model(path, model):
         tensors[name] = (tensor.half() if id(tensor) in half else tensor).detach().cpu()
         if id(tensor) in half and not torch.isfinite(tensors[name]).all():
             raise ValueError(f"{name} has values beyond float16's range")
-    config = asdict(model.config) if isinstance(model, GPT) else None
-    write_file(path, dict(format=PACKED_FORMAT, config=config, layers=layers, tensors=tensors))
+    content = dict(format=PACKED_FORMAT, config=_config(model), layers=layers, tensors=tensors)
+    write_file(path, content)
+
+
+def _config(model):
+    """A GPT's configuration; of other models the number of heads, which no tensor's shape shows."""
+    config = getattr(model, "config", None)
+    return asdict(config) if isinstance(model, GPT) else getattr(config, "num_attention_heads", 0)
 
 
 def _own_tensors(model):
@@ -783,27 +776,36 @@ def load_model(path, into=None):
     content = read_file(path)
     if (form := content.get("format") if isinstance(content, dict) else None) != PACKED_FORMAT:
         raise CheckpointError(f"{path} is not a packed model: {form} is not {PACKED_FORMAT}")
-    layers, tensors = content["layers"], content["tensors"]
-    if into is None and content["config"] is None:
-        raise CheckpointError(f"{path} is not of our GPT: it needs `into`, a model of its kind")
-    with torch.device("meta"):
-        model = GPT(GPTConfig(**content["config"])) if into is None else into
-    modules = dict(model.named_modules())
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    expected = {name: tuple(tensor.shape) for name, tensor in _own_tensors(model).items()}
-    for layer in layers:  # has its packed form in the file
-        out, *width = expected.pop(f"{layer}.weight", (0, 0))
-        if _is_conv1d(modules.get(layer)):
-            out, *width = *width, out
-        expected[f"{layer}.packed"] = (out, math.ceil(width[0] / 4))
-        expected[f"{layer}.scale"] = found.get(f"{layer}.scale")  # depends on the granularity
-    for name in sorted(expected.keys() | found.keys()):
-        if found.get(name) != expected.get(name):
-            shapes = f"shape {found.get(name, 'missing')}, not {expected.get(name, 'missing')}"
-            raise CheckpointError(f"{path} is of another model: {name} has {shapes}")
-    for name, in_features in layers.items():
-        parts = (tensors.get(f"{name}.{part}") for part in ("packed", "scale", "bias"))
-        model.set_submodule(name, PackedLinear(in_features, *parts))
+    with _refusing(f"{path} is of another model:"):
+        config, layers, tensors = (content[key] for key in ("config", "layers", "tensors"))
+        if into is None and not (isinstance(config, dict) and config["n_layer"] < len(tensors)):
+            raise ValueError("it is not of our GPT, and needs `into`, a model of its kind")
+        with torch.device("meta"):
+            model = GPT(GPTConfig(**config)) if into is None else into
+        if (ours := _config(model)) != config:
+            raise ValueError(f"its configuration, or number of heads, is {config}, not {ours}")
+        expected, packed = {n: tuple(t.shape) for n, t in _own_tensors(model).items()}, {}
+        for name, module in model.named_modules():
+            if isinstance(module, QuantLinear) and (name not in layers or module.bits != 2):
+                raise ValueError(f"{name} is not ternary in both")
+        for name in layers:
+            module, (out, width) = model.get_submodule(name), expected.pop(f"{name}.weight")
+            if _is_conv1d(module):
+                out, width = width, out
+            parts = [tensors.get(f"{name}.{part}") for part in ("packed", "scale", "bias")]
+            packed[name] = PackedLinear(width, *parts)
+            found = "channel" if len(parts[1]) > 1 else "tensor"
+            scales = out if getattr(module, "granularity", found) == "channel" else 1
+            expected[f"{name}.packed"] = (out, math.ceil(width / 4))
+            expected[f"{name}.scale"] = (scales, 1)
+        for name in sorted(expected.keys() | tensors.keys()):
+            tensor, shape = tensors.get(name, torch.empty(0)), expected.get(name, "there")
+            whole = tensor.untyped_storage().nbytes() >= tensor.nbytes
+            whole = whole and tensor.is_floating_point() != name.endswith(".packed")
+            if tensor.shape != shape or not whole:
+                raise ValueError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}, not {shape}")
+    for name, layer in packed.items():
+        model.set_submodule(name, layer)
     model.load_state_dict(tensors, strict=False, assign=into is None)  # not strict: tied ones once
     if into is None:
         model.lm_head = HalfHead(model.wte.weight)
@@ -839,7 +841,7 @@ SCRATCH_BYTES = 2**27  # of the float32 logits of one model that are held at onc
 def lean_loss(name, student_hidden, student_head, teacher_hidden, teacher_head, targets,
               temperature=10.0, gt_weight=0.0):
     """distillation_loss(name, per_token_terms(...)) of logits = hidden @ head.T, a float32 scalar,
-    without the (B, T, V) logits. Every loss but "l2l", which looks between the layers. hidden:
+    without the (B, T, V) logits. "l2l" looks between the layers, and is not among them. hidden:
     (B, T, C), after the final norm; head: (V, C); targets: int64 (B, T). The teacher's may be None
     for "gt"; no gradient flows into them. ValueError: another name, or no teacher."""
     if name not in LOSSES or name == "l2l":
@@ -872,10 +874,8 @@ class _LeanLoss(torch.autograd.Function):
 
         def log_probabilities(hidden, head, z, ce, piece):  # -> (rows, V), and fills in ce
             z = z[: len(hidden[piece])]  # memory that is used again is faster than new memory
-            if dtype == torch.float32:
-                torch.mm(hidden[piece], head.t(), out=z)
-            else:
-                z.copy_(hidden[piece] @ head.t())
+            out = z if dtype == torch.float32 else None
+            z.copy_(torch.mm(hidden[piece], head.t(), out=out))
             torch.log_softmax(z, dim=-1, out=z)
             ce[piece] = -z.gather(1, y[piece])[:, 0]
             return z
@@ -938,29 +938,26 @@ void half_product(const float *x, const int16_t *w, float *y, long out, long in)
 }
 void ternary_product(const float *x, const words *packed, float *y, const float *scale,
                      const float *bias, long out, long in, long scales) {
-    words entry;
-    for (int e = 0; e < W; e++) entry[e] = e;
+    words entry; for (int e = 0; e < W; e++) entry[e] = e;
     #pragma omp parallel
-    for (long first = 0, last; first < in; first = last) {     /* activations whose sums fit L1 */
-        floats sums[1024 / CODES], *sum = sums;
-        last = first + 1024 < in ? first + 1024 : in;
-        for (long i = first; i < last; i += CODES, sum++) {
+    {
+        floats sums[in / CODES], *sum = sums;
+        for (long i = 0; i < in; i += CODES, sum++) {
             *sum = __builtin_shuffle(of_codes_0_to_3(x[i]), entry & 3);
             if (CODES == 2) *sum += __builtin_shuffle(of_codes_0_to_3(x[i + 1]), entry >> 2);
         }
-        #pragma omp for schedule(static) nowait
-        for (long begin = 0; begin < out; begin += 64) {       /* rows side by side */
-            const words *word = packed + (begin * in / 64 + first) / 16 * R;
+        #pragma omp for
+        for (long begin = 0; begin < out; begin += 64) {         /* rows side by side */
+            const words *word = packed + begin / 64 * in / 16 * R;
             floats y64[R] = {0};
-            for (sum = sums; sum < sums + (last - first) / CODES; word += R) {
+            for (sum = sums; sum < sums + in / CODES; word += R) {
                 #pragma GCC unroll 16
-                for (int j = 0; j < 32; j += 2 * CODES, sum++) /* bits of a word */
+                for (int j = 0; j < 32; j += 2 * CODES, sum++)   /* bits of a word */
                     for (int r = 0; r < R; r++) y64[r] += __builtin_shuffle(*sum, word[r] >> j);
                 for (int r = 0; r < R; r++) __builtin_prefetch(word + 9 * R + r);
             }
             for (long r = begin, e = 0; e < 64; r++, e++)
-                y[r] = (first ? y[r] : bias ? bias[r] : 0)
-                     + scale[scales > 1 ? r : 0] * y64[e / W][e % W];
+                y[r] = scale[scales > 1 ? r : 0] * y64[e / W][e % W] + (bias ? bias[r] : 0);
         }
     }
 }
@@ -969,12 +966,11 @@ void ternary_product(const float *x, const words *packed, float *y, const float 
 
 @cache
 def c_library():
-    """C_SOURCE, compiled for this processor, which takes a fifth of a second; None, and one line on
-    stderr, where that fails. It shares its OpenMP threads with torch."""
+    """C_SOURCE, compiled in a fifth of a second; None, and one line on stderr, where that fails."""
     try:
         with tempfile.TemporaryDirectory() as folder:
-            flags = "-O3 -march=native -fopenmp -fPIC -shared -x c - -o".split()
-            command = [os.environ.get("CC", "cc"), *flags, f"{folder}/tsld.so"]
+            flags = "-O3 -march=native -fopenmp -fPIC -shared -x c - -o"
+            command = f"{os.environ.get('CC', 'cc')} {flags}".split() + [f"{folder}/tsld.so"]
             subprocess.run(command, input=C_SOURCE.encode(), capture_output=True, check=True)
             library = ctypes.CDLL(command[-1])
     except (OSError, subprocess.SubprocessError) as error:
