@@ -31,6 +31,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,7 +49,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_small
 import tsld
-from data import exchange, texts
+from data import exchange, files, texts
 from data.evidence import baselines, bench, figures, llama, table, vocabulary
 from tsld import GPT, GPTConfig, QuantLinear, TrainConfig
 
@@ -1499,6 +1500,102 @@ def test_a_file_that_is_no_packed_model_is_refused(tmp_path):
         tsld.load_model(path)
     with pytest.raises(ValueError, match="pack_model"):
         tsld.save_model(path, quantized_gpt())
+
+
+def mutations():
+    """Name to what it does to the content of a packed file, whose checksum is then made again."""
+
+    def put(*keys):
+        def change(content, value):
+            for key in keys[:-1]:
+                content = content[key]
+            content[keys[-1]] = value
+
+        return change
+
+    wrong = (None, -1, 0, 10**7, 10**30, 0.5, "2", [], {}, math.nan, torch.zeros(2), True)
+    for key in ("vocab_size", "n_layer", "n_head", "n_embd", "block_size"):
+        for value in (*wrong, 3):
+            yield f"{key} = {value!r}", put("config", key), value
+    for key in ("format", "config", "layers", "tensors"):
+        for value in wrong:
+            yield f"{key} = {value!r}", put(key), value
+    for layers in (["h.0.attn"], ["h.9.mlp.c_fc"], ["lm_head"], ["ln_f"], [3], ["h.0.mlp.c_fc"] * 9):
+        yield f"layers = {layers}", put("layers"), layers
+    name = "h.0.mlp.c_fc"
+    for tensor in (f"{name}.packed", f"{name}.scale", f"{name}.bias", "wte.weight", "ln_f.weight"):
+        for value in (
+            *(None, 3, "x", torch.zeros(0), torch.zeros(3, 5), torch.zeros(1).expand(10**9, 12)),
+            *(torch.zeros(48, 3, dtype=kind) for kind in (torch.int64, torch.bool, torch.complex64)),
+            *(torch.zeros(12).to_sparse(), torch.zeros(48, 3).t(), torch.zeros(1, 1, 1)),
+        ):
+            yield f"{tensor} = {str(value)[:30]}", put("tensors", tensor), value
+    yield "another tensor", put("tensors", "extra"), torch.zeros(3)
+    yield "config.extra", put("config", "extra"), 1
+
+
+def test_whatever_a_packed_file_claims_it_is_refused_in_one_line_or_is_an_equal_model(tmp_path):
+    model, path, ids = tsld.pack_model(quantized_gpt()), tmp_path / "model.packed", micro_ids()
+    tsld.save_model(path, model)
+    exact = tsld.load_model(path)(ids)
+    refused = 0
+    for name, change, value in mutations():
+        content = tsld.read_file(path)
+        change(content, value)
+        tsld.write_file(tmp_path / "changed.packed", content)
+        try:
+            loaded = tsld.load_model(tmp_path / "changed.packed")
+        except tsld.CheckpointError as error:
+            assert "\n" not in str(error) and "weights_only" not in str(error), name
+            refused += 1
+        else:
+            torch.testing.assert_close(loaded(ids), exact, msg=name)
+    assert refused > 150
+
+
+def test_a_compressed_archive_is_not_unpacked(tmp_path):
+    tsld.save_model(tmp_path / "model.packed", tsld.pack_model(quantized_gpt()))
+    bomb = tmp_path / "bomb.packed"
+    with (
+        zipfile.ZipFile(tmp_path / "model.packed") as archive,
+        zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for entry in archive.namelist():
+            packed.writestr(entry, archive.read(entry))
+    bomb.write_bytes(bomb.read_bytes() + hashlib.sha256(bomb.read_bytes()).digest())
+    with pytest.raises(tsld.CheckpointError, match="is not loaded"):
+        tsld.load_model(bomb)
+
+
+def test_a_packed_file_fills_no_model_that_computes_something_else(tmp_path):
+    path = tmp_path / "model.packed"
+    tsld.save_model(path, tsld.pack_model(quantized_gpt()))
+    four_bits = tsld.quantize_model(micro_gpt(), bits=4)
+    mixed = quantized_gpt()
+    mixed.h[1].mlp.c_fc.bits = 4
+    for into, words in (
+        (micro_gpt(n_head=4), "'n_head': 2"),
+        (four_bits, "h.0.attn.c_attn is not ternary in both"),
+        (mixed, "h.1.mlp.c_fc is not ternary in both"),
+        (quantized_gpt("channel"), r"h.0.attn.c_attn.scale is \(1, 1\) .*, not \(36, 1\)"),
+    ):
+        before = copy.deepcopy(into.state_dict())
+        with pytest.raises(tsld.CheckpointError, match=words):
+            tsld.load_model(path, into=into)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in into.state_dict().items())
+    with pytest.raises(ValueError, match="in place of all QuantLinear"):
+        tsld.save_model(path, tsld.pack_model(mixed))
+
+
+@pytest.mark.parametrize("name", ["GPT2LMHeadModel", "LlamaForCausalLM", "OPTForCausalLM"])
+def test_another_familys_file_fills_no_model_with_another_number_of_heads(name, tmp_path):
+    path, source = tmp_path / "model.packed", tsld.pack_model(tsld.quantize_model(family(name)))
+    tsld.save_model(path, source)
+    other = family(name)
+    key = "n_head" if name == "GPT2LMHeadModel" else "num_attention_heads"
+    setattr(other.config, key, 1)
+    with pytest.raises(tsld.CheckpointError, match="number of heads, is 2, not 1"):
+        tsld.load_model(path, into=other)
 
 
 def test_an_embedding_beyond_float16_is_not_saved(tmp_path):
@@ -3040,6 +3137,74 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(tiny, capsys, tmp_path):
     run(["--resume", *tiny], capsys)
 
 
+@pytest.mark.parametrize(
+    "key, value",
+    [("step", "x"), ("step", None), ("seconds", "y"), ("identity", 3), ("model", {}), ("model", 3)]
+    + [("model", {"wte.weight": torch.zeros(3)}), ("optimizer", {}), ("optimizer", [1])],
+)
+def test_a_checkpoint_of_other_content_is_refused(key, value, tiny, capsys, tmp_path):
+    run(tiny, capsys)
+    path = tmp_path / "out" / "student-tsld.pt"
+    content = tsld.read_file(path)
+    tsld.write_file(path, content | {key: value})
+    refused(["--resume", *tiny], capsys, f"{path} is no checkpoint of this program")
+    del content[key]
+    tsld.write_file(path, content)
+    refused(["--resume", *tiny], capsys, f"{path} is no checkpoint of this program")
+
+
+def test_a_student_with_dropout_resumes_with_as_many_processes_alone(tmp_path, monkeypatch):
+    path = tmp_path / "state.pt"
+    with pytest.raises(train_small.TrainingStopped):
+        train_brief(path, resume=True, stop_at=2)
+    monkeypatch.setattr(train_small, "processes", lambda: (0, 2))
+    monkeypatch.setattr(train_small, "spread", lambda model, device: model)
+    with pytest.raises(tsld.CheckpointError, match="dropout is 1, not 2"):
+        train_brief(path, resume=True)
+
+
+def test_a_folder_that_another_run_holds_is_refused_by_name(tiny, capsys, tmp_path):
+    if files.fcntl is None:
+        pytest.skip("this system does not lock files")
+    out = files.check_folder(tmp_path / "out")
+    with files.hold(out):
+        refused(tiny, capsys, f"--out {out} is in use by process {os.getpid()}")
+    run(tiny, capsys)
+
+
+def test_too_little_memory_is_one_line(tiny, capsys):
+    refused(["--batch-size", str(10**15), *tiny], capsys, "not enough memory")
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_a_terminal_without_greek_letters_gets_the_help(encoding):
+    command = [sys.executable, "train_small.py", "--help"]
+    environment = os.environ | {"PYTHONIOENCODING": encoding, "COLUMNS": "100"}
+    shown = subprocess.check_output(command, cwd=HERE, env=environment).decode(encoding)
+    assert "? of the token scale" in shown
+
+
+def flag_values(rng):
+    """Random flags of the parser's own table, with values good and bad."""
+    flags = [flag for group in train_small.FLAGS.values() for flag in group]
+    for i in rng.choice(len(flags), size=rng.integers(1, 5), replace=False):
+        name, default, how, _ = flags[i]
+        yield f"--{name}"
+        if how.get("action") != "store_true":
+            pool = [*how.get("choices", ()), default, 1, 2, 0, -1, 1e-3, "inf", "nan", "", 2**64, "x"]
+            yield str(pool[rng.integers(len(pool))])
+
+
+@pytest.mark.parametrize("seed", range(300))
+def test_any_combination_of_flags_is_taken_or_refused_in_one_line(seed, capsys, monkeypatch):
+    for command in ("run", "generate", "export"):
+        monkeypatch.setattr(train_small, command, lambda args: None)
+    code = train_small.main([*flag_values(np.random.default_rng(seed))])
+    error = capsys.readouterr().err
+    assert (code, error.count("\n")) == ((2, 1) if error else (0, 0))
+    assert error.startswith("error: " if error else "")
+
+
 @pytest.mark.parametrize("accelerator, dtype", [("mps", "float32"), (None, None)])
 def test_the_accelerator_that_is_there_is_chosen(accelerator, dtype, monkeypatch):
     found = accelerator and torch.device(accelerator)
@@ -3116,7 +3281,7 @@ def test_bfloat16_where_it_is_slow_is_announced(tiny, capsys, monkeypatch):
 
 def test_a_full_disk_is_found_before_training(tiny, capsys, monkeypatch):
     usage = collections.namedtuple("usage", "free")(1000)
-    monkeypatch.setattr(train_small.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: usage)
     assert "teacher:" not in refused(tiny, capsys, "GB free: name a folder on another disk")
 
 

@@ -12,10 +12,8 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import signal
 import sys
-import tempfile
 import time
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, replace
@@ -29,6 +27,7 @@ from torch.distributed.checkpoint import state_dict as sharded
 
 import tsld
 from data import exchange
+from data.files import check_folder, check_space, hold
 from data.texts import DATA, PARTS, UserError, fetch, load_corpus, load_tokenizer
 from tsld import GPT, LOSSES, GPTConfig, QuantLinear, TrainConfig
 
@@ -43,7 +42,12 @@ class TrainingStopped(Exception):
 def run(args):
     """Corpus, teacher, rounded teacher, students; then the table, a sample of text and
     results.json."""
-    setup, out = set_up(args), Path(args.out)
+    out = check_folder(args.out)
+    with hold(out) if processes()[0] == 0 else nullcontext():
+        train_and_compare(set_up(args), args, out)
+
+
+def train_and_compare(setup, args, out):
     teacher = train_teacher(setup)
     rounded = tsld.quantize_model(copy.deepcopy(teacher), args.bits, args.granularity)
     scores = {"teacher": score(setup, teacher), "ptq": score(setup, rounded)}
@@ -300,6 +304,8 @@ def train(setup, label, model, tokens, config, path, resume, teacher=None, watch
     quantizers = {(m.bits, m.granularity) for m in model.modules() if isinstance(m, QuantLinear)}
     identity = asdict(config) | {"model": architecture(model), "quantizers": sorted(quantizers)}
     identity |= {"text": fingerprint([tokens]), "teacher": getattr(teacher, "fingerprint", None)}
+    if any(isinstance(m, nn.Dropout) and m.p for m in model.modules()):
+        identity["processes, which draw their own dropout"] = processes()[1]
     trained = spread(model, setup.device)
     optimizer = tsld.make_optimizer(trained, config)
     start, before = load_checkpoint(path, identity, trained, optimizer) if resume else (0, 0.0)
@@ -360,14 +366,17 @@ def load_checkpoint(path, identity, model, optimizer):
     if not path.exists():
         return 0, 0.0
     state = tsld.read_file(path)
-    found = state.get("identity", {})
-    for key, ours in identity.items():
-        if found.get(key) != ours:
-            other = f"{key} is {found.get(key)}, not {ours}"
-            raise tsld.CheckpointError(f"{path} is of another run: {other}")
-    weights = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
-    sharded.set_state_dict(model, optimizer, **weights, options=WHOLE)
-    return state["step"], state["seconds"]
+    with tsld.refusing(path, "is no checkpoint of this program"):
+        found, step, seconds = state["identity"], int(state["step"]), float(state["seconds"])
+        for key in found.keys() | identity.keys():
+            if found.get(key) != identity.get(key):
+                other = f"{key} is {found.get(key)}, not {identity.get(key)}"
+                raise tsld.CheckpointError(f"{path} is of another run: {other}")
+        weights = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
+        if not all(weights.values()):  # which torch would take for nothing to do
+            raise ValueError
+        sharded.set_state_dict(model, optimizer, **weights, options=WHOLE)
+    return step, seconds
 
 
 def architecture(model):
@@ -504,9 +513,9 @@ def choose_device(name):
         return accelerator or torch.device("cpu")
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()  # "meta" has no numbers
         return device
-    except (RuntimeError, AssertionError, NotImplementedError):
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError):
         remedy = "without it a run takes what there is"
         raise UserError(f"--device {name}: there is no such device here; {remedy}")
 
@@ -519,25 +528,6 @@ def default_dtype(device):
         has = torch.cpu.get_capabilities() if device.type == "cpu" else {}
         fast = any(has[name] for name in has if "bf16" in name)
     return "bfloat16" if fast else "float32"
-
-
-def check_folder(path):
-    """Finds out before training, not after, that results cannot be written."""
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            return Path(path)
-    except OSError as error:
-        raise UserError(f"--out {path} cannot be written: {error.strerror}")
-
-
-def check_space(path, model, trainings):
-    """A checkpoint holds the weights and AdamW's two averages; the one before is kept as well."""
-    size = 3 * sum(4 * p.numel() for p in model.parameters())
-    needed, free = size * (2 * trainings + 1), shutil.disk_usage(path).free
-    if free < needed:
-        sizes = f"{needed / 1e9:.1f} GB for checkpoints and has {free / 1e9:.1f} GB free"
-        raise UserError(f"--out {path} needs {sizes}: name a folder on another disk")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -759,6 +749,9 @@ def parse(argv, takes=None, description=__doc__.split("\n")[0], **defaults):
 def main(argv=None, command=None):
     """Exit code: 0, 2 for what the user can mend, 1 for a diverged, 130 for a stopped run. command:
     another than this file's own, a function of argv."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # for a terminal that has no τ
     try:
         if command is None:
             args = parse(argv)
@@ -771,6 +764,10 @@ def main(argv=None, command=None):
         message, code = error, 2
     except OSError as error:  # a disk full, a file gone
         message, code = f"{error.filename}: {error.strerror}" if error.filename else error, 2
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+            raise
+        message, code = "not enough memory: try a smaller --batch-size, or --accumulate", 2
     except tsld.TrainingDiverged as error:
         message, code = error, 1
     except TrainingStopped as error:

@@ -248,12 +248,12 @@ def quantize_model(model, bits=2, granularity="tensor"):
     heads = _output_heads(model)
     every = model.named_modules(remove_duplicate=False)  # a layer that is used twice has two names
     every = {n: m for n, m in every if not any(m is head for head in heads)}
-    layers = {n: m for n, m in every.items() if isinstance(m, nn.Linear) or _is_conv1d(m)}
+    layers = {n: m for n, m in every.items() if isinstance(m, nn.Linear) or is_conv1d(m)}
     if not layers:
         raise ValueError(f"{type(model).__name__} has no linear layer to quantize")
     for name, old in layers.items():
         weight = old.weight
-        if _is_conv1d(old):
+        if is_conv1d(old):
             weight = nn.Parameter(weight.detach().t().contiguous(), weight.requires_grad)
         with torch.device("meta"):  # allocates nothing: the parameters come from the old layer
             new = QuantLinear(*weight.shape[::-1], old.bias is not None, bits, granularity)
@@ -262,7 +262,7 @@ def quantize_model(model, bits=2, granularity="tensor"):
     return model
 
 
-def _is_conv1d(module):
+def is_conv1d(module):
     """Is it transformers' Conv1D, a linear layer whose weight is (in, out)? Nothing is imported."""
     return type(module).__name__ == "Conv1D" and module.weight.shape == (module.nx, module.nf)
 
@@ -286,7 +286,7 @@ def load_tensors(path):
     """What torch.save wrote, on the CPU. CheckpointError: the file is damaged, unpacks to more than
     its size, or could run code, which it then does not."""
     what = "is truncated or holds more than plain values, and is not loaded"
-    with open(path, "rb") as file, _refusing(path, what):
+    with open(path, "rb") as file, refusing(path, what):
         entries = zipfile.ZipFile(file).filelist if zipfile.is_zipfile(file) else []
         if any(entry.compress_type for entry in entries):
             raise ValueError("torch.save does not compress")
@@ -295,10 +295,12 @@ def load_tensors(path):
 
 
 @contextmanager
-def _refusing(path, what=None):
+def refusing(path, what=None):
     """Whatever a file's content makes torch trip over becomes a CheckpointError."""
     try:
         yield
+    except CheckpointError:
+        raise
     except Exception as error:
         words = what or f"{type(error).__name__} {' '.join(str(error).split()):.200}"
         raise CheckpointError(f"{path} {words}") from None
@@ -443,7 +445,7 @@ class GPT(nn.Module):
         four published sizes. CheckpointError: truncated, of another model, or more than tensors."""
         path = Path(path) / "pytorch_model.bin" if Path(path).is_dir() else Path(path)
         content, config = load_tensors(path), path.with_name("config.json")
-        with _refusing(f"{path} (n_head from {config}) is no GPT-2:"), torch.device("meta"):
+        with refusing(f"{path} (n_head from {config}) is no GPT-2:"), torch.device("meta"):
             content = {name.removeprefix("transformer."): t for name, t in content.items()}
             masks = (".attn.bias", ".attn.masked_bias")  # which old files hold as well
             tensors = {n: _flipped(n, t) for n, t in content.items() if not n.endswith(masks)}
@@ -776,7 +778,7 @@ def load_model(path, into=None):
     content = read_file(path)
     if (form := content.get("format") if isinstance(content, dict) else None) != PACKED_FORMAT:
         raise CheckpointError(f"{path} is not a packed model: {form} is not {PACKED_FORMAT}")
-    with _refusing(f"{path} is of another model:"):
+    with refusing(f"{path} is of another model:"):
         config, layers, tensors = (content[key] for key in ("config", "layers", "tensors"))
         if into is None and not (isinstance(config, dict) and config["n_layer"] < len(tensors)):
             raise ValueError("it is not of our GPT, and needs `into`, a model of its kind")
@@ -790,7 +792,7 @@ def load_model(path, into=None):
                 raise ValueError(f"{name} is not ternary in both")
         for name in layers:
             module, (out, width) = model.get_submodule(name), expected.pop(f"{name}.weight")
-            if _is_conv1d(module):
+            if is_conv1d(module):
                 out, width = width, out
             parts = [tensors.get(f"{name}.{part}") for part in ("packed", "scale", "bias")]
             packed[name] = PackedLinear(width, *parts)

@@ -57,7 +57,7 @@ def unpacked(student, blank):
         if isinstance(layer, tsld.PackedLinear):
             weight = layer.dequantized()
             del weights[f"{name}.packed"], weights[f"{name}.scale"]
-            transposed = tsld._is_conv1d(blank.get_submodule(name))
+            transposed = tsld.is_conv1d(blank.get_submodule(name))
             weights[f"{name}.weight"] = weight.t() if transposed else weight
     blank.load_state_dict(weights)
     return blank

@@ -1,0 +1,50 @@
+"""The folder that a run writes to."""
+
+import os
+import shutil
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+from data.texts import UserError
+
+try:
+    import fcntl  # Windows has none
+except ImportError:
+    fcntl = None
+
+
+def check_folder(path):
+    """Finds out before training, not after, that results cannot be written."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            return Path(path)
+    except OSError as error:
+        raise UserError(f"--out {path} cannot be written: {error.strerror}")
+
+
+@contextmanager
+def hold(folder):
+    """Two runs would write the same files: the first one holds the folder until it ends."""
+    if fcntl is None:
+        yield
+        return
+    with open(Path(folder) / ".lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(f"--out {folder} is in use by process {file.read()}: name another")
+        file.truncate(0)
+        print(os.getpid(), end="", file=file, flush=True)
+        yield
+
+
+def check_space(path, model, trainings):
+    """A checkpoint holds the weights and AdamW's two averages; the one before is kept as well."""
+    size = 3 * sum(4 * p.numel() for p in model.parameters())
+    needed, free = size * (2 * trainings + 1), shutil.disk_usage(path).free
+    if free < needed:
+        sizes = f"{needed / 1e9:.1f} GB for checkpoints and has {free / 1e9:.1f} GB free"
+        raise UserError(f"--out {path} needs {sizes}: name a folder on another disk")
