@@ -1471,7 +1471,8 @@ def test_a_packed_file_fills_a_model_that_is_not_our_gpt(tmp_path):
         wrong = other(tied)
         wrong.norm = nn.LayerNorm(8)
         with pytest.raises(
-            tsld.CheckpointError, match=r"another model: ValueError norm\.bias is \(7,\) .*, not \(8,\)"
+            tsld.CheckpointError,
+            match=r"another model: ValueError norm\.bias is \(\(7,\), .*, not \(\(8,\)",
         ):
             tsld.load_model(path, into=wrong)
         assert type(wrong.up) is nn.Linear  # untouched
@@ -1515,18 +1516,28 @@ def mutations():
 
     wrong = (None, -1, 0, 10**7, 10**30, 0.5, "2", [], {}, math.nan, torch.zeros(2), True)
     for key in ("vocab_size", "n_layer", "n_head", "n_embd", "block_size"):
-        for value in (*wrong, 3):
+        for value in wrong:
             yield f"{key} = {value!r}", put("config", key), value
     for key in ("format", "config", "layers", "tensors"):
         for value in wrong:
             yield f"{key} = {value!r}", put(key), value
-    for layers in (["h.0.attn"], ["h.9.mlp.c_fc"], ["lm_head"], ["ln_f"], [3], ["h.0.mlp.c_fc"] * 9):
+    for layers in (
+        ["h.0.attn"],
+        ["h.9.mlp.c_fc"],
+        ["lm_head"],
+        ["ln_f"],
+        [3],
+        ["h.0.mlp.c_fc"] * 9,
+    ):
         yield f"layers = {layers}", put("layers"), layers
     name = "h.0.mlp.c_fc"
     for tensor in (f"{name}.packed", f"{name}.scale", f"{name}.bias", "wte.weight", "ln_f.weight"):
         for value in (
             *(None, 3, "x", torch.zeros(0), torch.zeros(3, 5), torch.zeros(1).expand(10**9, 12)),
-            *(torch.zeros(48, 3, dtype=kind) for kind in (torch.int64, torch.bool, torch.complex64)),
+            *(
+                torch.zeros(48, 3, dtype=kind)
+                for kind in (torch.int64, torch.bool, torch.complex64)
+            ),
             *(torch.zeros(12).to_sparse(), torch.zeros(48, 3).t(), torch.zeros(1, 1, 1)),
         ):
             yield f"{tensor} = {str(value)[:30]}", put("tensors", tensor), value
@@ -1577,7 +1588,7 @@ def test_a_packed_file_fills_no_model_that_computes_something_else(tmp_path):
         (micro_gpt(n_head=4), "'n_head': 2"),
         (four_bits, "h.0.attn.c_attn is not ternary in both"),
         (mixed, "h.1.mlp.c_fc is not ternary in both"),
-        (quantized_gpt("channel"), r"h.0.attn.c_attn.scale is \(1, 1\) .*, not \(36, 1\)"),
+        (quantized_gpt("channel"), r"h.0.attn.c_attn.scale is \(\(1, 1\), .*, not \(\(36, 1\)"),
     ):
         before = copy.deepcopy(into.state_dict())
         with pytest.raises(tsld.CheckpointError, match=words):
@@ -1601,7 +1612,9 @@ def test_another_familys_file_fills_no_model_with_another_number_of_heads(name, 
 def test_an_embedding_beyond_float16_is_not_saved(tmp_path):
     model = tsld.pack_model(quantized_gpt())
     model.wte.weight.data[3, 4] = 7e4
-    with pytest.raises(ValueError, match="wte.weight has values beyond float16"):
+    with pytest.raises(
+        ValueError, match="wte.weight has values that are not finite in torch.float16"
+    ):
         tsld.save_model(tmp_path / "model.packed", model)
     assert os.listdir(tmp_path) == []
 
@@ -3140,7 +3153,8 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(tiny, capsys, tmp_path):
 @pytest.mark.parametrize(
     "key, value",
     [("step", "x"), ("step", None), ("seconds", "y"), ("identity", 3), ("model", {}), ("model", 3)]
-    + [("model", {"wte.weight": torch.zeros(3)}), ("optimizer", {}), ("optimizer", [1])],
+    + [("model", {"wte.weight": torch.zeros(3)}), ("optimizer", {}), ("optimizer", [1])]
+    + [("step", 0), ("step", 7), ("step", 10**9), ("seconds", math.nan), ("seconds", -1.0)],
 )
 def test_a_checkpoint_of_other_content_is_refused(key, value, tiny, capsys, tmp_path):
     run(tiny, capsys)
@@ -3151,6 +3165,29 @@ def test_a_checkpoint_of_other_content_is_refused(key, value, tiny, capsys, tmp_
     del content[key]
     tsld.write_file(path, content)
     refused(["--resume", *tiny], capsys, f"{path} is no checkpoint of this program")
+
+
+@pytest.mark.parametrize("what", ["shape of an average", "weight decay"])
+def test_an_optimizers_state_that_does_not_fit_is_refused(what, tiny, capsys, tmp_path):
+    run(tiny, capsys)
+    path = tmp_path / "out" / "student-tsld.pt"
+    content = tsld.read_file(path)
+    state = content["optimizer"]
+    if what == "weight decay":
+        state["param_groups"][0]["weight_decay"] = 0.5
+    else:
+        name = next(iter(state["state"]))
+        state["state"][name]["exp_avg"] = torch.zeros(3)
+    tsld.write_file(path, content)
+    refused(["--resume", *tiny], capsys, f"{path} is no checkpoint of this program")
+
+
+def test_a_truncated_checkpoint_names_the_one_before_it(tiny, capsys, tmp_path):
+    run(tiny, capsys)
+    path = tmp_path / "out" / "student-tsld.pt"
+    path.write_bytes(path.read_bytes()[:-9])
+    words = f"delete it, {path.with_suffix('.previous.pt')} is the one before"
+    refused(["--resume", *tiny], capsys, words)
 
 
 def test_a_student_with_dropout_resumes_with_as_many_processes_alone(tmp_path, monkeypatch):
@@ -3191,7 +3228,20 @@ def flag_values(rng):
         name, default, how, _ = flags[i]
         yield f"--{name}"
         if how.get("action") != "store_true":
-            pool = [*how.get("choices", ()), default, 1, 2, 0, -1, 1e-3, "inf", "nan", "", 2**64, "x"]
+            pool = [
+                *how.get("choices", ()),
+                default,
+                1,
+                2,
+                0,
+                -1,
+                1e-3,
+                "inf",
+                "nan",
+                "",
+                2**64,
+                "x",
+            ]
             yield str(pool[rng.integers(len(pool))])
 
 

@@ -365,17 +365,31 @@ def load_checkpoint(path, identity, model, optimizer):
         path = path.with_suffix(".previous.pt")  # killed between the two renames of save_checkpoint
     if not path.exists():
         return 0, 0.0
-    state = tsld.read_file(path)
+    try:
+        state = tsld.read_file(path)
+    except tsld.CheckpointError as error:
+        before = path.with_suffix(".previous.pt")
+        raise tsld.CheckpointError(f"{error}: delete it, {before} is the one before it") from None
     with tsld.refusing(path, "is no checkpoint of this program"):
-        found, step, seconds = state["identity"], int(state["step"]), float(state["seconds"])
-        for key in found.keys() | identity.keys():
-            if found.get(key) != identity.get(key):
-                other = f"{key} is {found.get(key)}, not {identity.get(key)}"
-                raise tsld.CheckpointError(f"{path} is of another run: {other}")
+        found, step, seconds = dict(state["identity"]), int(state["step"]), float(state["seconds"])
+        keys = found.keys() | identity.keys()
+        differ = [key for key in keys if found.get(key) != identity.get(key)]
+    for key in sorted(differ):
+        other = f"{key} is {found.get(key)}, not {identity.get(key)}"
+        raise tsld.CheckpointError(f"{path} is of another run: {other}")
+    with tsld.refusing(path, "is no checkpoint of this program"):
         weights = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
-        if not all(weights.values()):  # which torch would take for nothing to do
+        kept = lambda: [dict(g, params=0, lr=0, betas=[*g["betas"]]) for g in optimizer.param_groups]
+        before = kept()
+        # torch takes an empty one for nothing to do, and does not look at an average's shape.
+        if not all(weights.values()) or not 0 < step <= identity["steps"] or not 0 <= seconds < 1e9:
             raise ValueError
         sharded.set_state_dict(model, optimizer, **weights, options=WHOLE)
+        if kept() != before:
+            raise ValueError
+        for parameter, averages in optimizer.state.items():
+            if any(averages[name].shape != parameter.shape for name in ("exp_avg", "exp_avg_sq")):
+                raise ValueError
     return step, seconds
 
 
@@ -649,7 +663,7 @@ def number(kind, least=0, or_equal=False, finite=True):
 
     def parse(text):
         value = kind(text)
-        if not (value > least or or_equal and value == least) or finite and value >= 2**63:
+        if not (value > least or or_equal and value == least) or finite and value >= 2**53:
             raise ValueError
         return value
 
@@ -765,16 +779,19 @@ def main(argv=None, command=None):
     except OSError as error:  # a disk full, a file gone
         message, code = f"{error.filename}: {error.strerror}" if error.filename else error, 2
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+        known = {"allocate": "not enough memory: try a smaller --batch-size, or --accumulate"}
+        known |= {"inline_container": "a file cannot be written: is the disk full?"}  # torch.save
+        messages = [known[word] for word in known if word in str(error)]
+        if isinstance(error, RuntimeError) and not messages:
             raise
-        message, code = "not enough memory: try a smaller --batch-size, or --accumulate", 2
+        message, code = (messages or [known["allocate"]])[0], 2
     except tsld.TrainingDiverged as error:
         message, code = error, 1
     except TrainingStopped as error:
         message, code = f"{error}; go on with the same command and --resume", 130
     except KeyboardInterrupt:
         message, code = "interrupted; --resume goes on from the last checkpoint", 130
-    print(f"error: {message}", file=sys.stderr)
+    print("error:", " ".join(str(message).split()), file=sys.stderr)
     return code
 
 

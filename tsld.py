@@ -299,8 +299,6 @@ def refusing(path, what=None):
     """Whatever a file's content makes torch trip over becomes a CheckpointError."""
     try:
         yield
-    except CheckpointError:
-        raise
     except Exception as error:
         words = what or f"{type(error).__name__} {' '.join(str(error).split()):.200}"
         raise CheckpointError(f"{path} {words}") from None
@@ -366,7 +364,8 @@ class GPT(nn.Module):
     """GPT-2. model(ids) gives logits (B, T, V), model(ids, trace=True) a Trace. ids: (B, T)."""
     def __init__(self, config):
         super().__init__()
-        if config.n_head < 1 or config.n_embd % config.n_head:
+        sizes = [size for name, size in asdict(config).items() if name != "dropout"]
+        if any(type(n) is not int or n < 1 for n in sizes) or config.n_embd % config.n_head:
             raise ValueError(f"n_embd {config.n_embd} does not divide into {config.n_head} heads")
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # tokens
@@ -414,10 +413,10 @@ class GPT(nn.Module):
         (B, T + max_new_tokens). Its mode is left as found. on_token: gets each new column, (B, 1),
         as it comes. ValueError: no prompt, more than block_size tokens, a setting out of range."""
         (B, T), config, was_training = ids.shape, self.config, self.training
-        if T == 0 or T + max_new_tokens > config.block_size:
+        if T == 0 or max_new_tokens < 0 or T + max_new_tokens > config.block_size:
             asked = f"a prompt of {T} tokens and {max_new_tokens} new ones"
             raise ValueError(f"{asked} are not 1 to block_size {config.block_size} tokens")
-        if temperature < 0 or top_k is not None and top_k < 1:
+        if not temperature >= 0 or top_k is not None and top_k < 1:
             raise ValueError(f"temperature {temperature} is below 0, or top_k {top_k} below 1")
         shape = (2, B, config.n_head, T + max_new_tokens, config.n_embd // config.n_head)
         self.eval()
@@ -453,7 +452,7 @@ class GPT(nn.Module):
             if not torch.equal(tensors.setdefault("lm_head.weight", embedding), embedding):
                 raise ValueError("lm_head.weight is not wte.weight")
             vocab_size, n_embd = embedding.shape
-            n_layer = sum(name.endswith(".ln_1.weight") for name in tensors)
+            n_layer = min(sum(".ln_1.weight" in name for name in tensors), len(tensors) // 12)
             n_head = json.loads(config.read_bytes())["n_head"] if config.exists() else n_embd // 64
             model = cls(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd))
             model.load_state_dict(tensors, assign=True)
@@ -527,11 +526,11 @@ def get_batch(tokens, batch_size, block_size, rng):
 
 
 def make_optimizer(model, config):
-    """AdamW; weight decay on matrices alone."""
+    """AdamW; weight decay on matrices alone. ValueError: nothing is to be trained."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    decays = ((True, config.weight_decay), (False, 0.0))  # is it a matrix?
-    groups = [{"params": [p for p in parameters if (p.dim() > 1) == matrix], "weight_decay": decay}
-              for matrix, decay in decays]
+    matrices, others = ([p for p in parameters if (p.dim() > 1) == yes] for yes in (True, False))
+    decays = (matrices, config.weight_decay), (others, 0.0)
+    groups = [{"params": group, "weight_decay": decay} for group, decay in decays if group]
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
 
 
@@ -577,7 +576,7 @@ def train(student, tokens, config, teacher=None, optimizer=None, start=0):
     if config.batch_size % (world * config.accumulate):
         shares = f"{world} processes times {config.accumulate} parts"
         raise ValueError(f"a batch of {config.batch_size} sequences does not divide into {shares}")
-    optimizer = optimizer or make_optimizer(student, config)
+    optimizer, dtype = optimizer or make_optimizer(student, config), getattr(torch, config.dtype)
     lean = config.loss != "l2l" and all(hasattr(m, "hidden") for m in (student, teacher or student))
     if teacher is not None:
         teacher.eval()
@@ -591,7 +590,7 @@ def train(student, tokens, config, teacher=None, optimizer=None, start=0):
             group["lr"] = lr
         share = (t[rank::world].to(device).chunk(config.accumulate) for t in (ids, targets))
         for part in zip(*share):
-            with torch.autocast(device.type, torch.bfloat16, config.dtype == "bfloat16"):
+            with torch.autocast(device.type, dtype, dtype != torch.float32):
                 value = training_loss(student, teacher, *part, config, lean)
             (value / config.accumulate).backward()
             loss += value.item() / config.accumulate
@@ -615,8 +614,8 @@ def evaluate(model, tokens, block_size):
     The text is cut into blocks that do not overlap, each token but the first is predicted exactly
     once, and each block starts without context. tokens: int64 (n,), n ≥ 2, else ValueError. model:
     gives logits (B, T, V) for ids (B, T), or an object with .logits. Its mode is left as found."""
-    if len(tokens) < 2:
-        raise ValueError(f"evaluation needs at least 2 tokens, not {len(tokens)}")
+    if tokens.dim() != 1 or len(tokens) < 2:
+        raise ValueError(f"evaluation needs at least 2 tokens, not {tuple(tokens.shape)}")
     device, was_training, total = next(model.parameters()).device, model.training, 0.0
     model.eval()
     filling = (0, -(len(tokens) - 1) % block_size)  # of the last block; cross_entropy skips -100
@@ -681,14 +680,13 @@ def ternary_matmul(x, packed, scale, bias=None):
     6) adds and subtracts. For many rows, and where C is not to be had, the dense product of a few
     unpacked outputs at a time is faster, though it multiplies by -1, 0 and 1."""
     (out, K), width = packed.shape, x.shape[-1]
-    if K != math.ceil(width / 4):
-        raise ValueError(f"packed rows of {K} bytes are not of {width} inputs")
+    if K != math.ceil(width / 4) or packed.dtype != torch.uint8 or scale.numel() not in (1, out):
+        raise ValueError(f"packed rows {tuple(packed.shape)} are not of {width} inputs, or scale")
     if (y := _product_in_c(x, packed, scale, bias)) is not None:
         return y
-    rows = x.reshape(-1, width).float()  # (M, in)
     parts = unpack_ternary(packed, width).split(1024)  # outputs at a time
-    y = torch.cat([rows @ part.float().t() for part in parts], dim=1) * scale.flatten()
-    return (y if bias is None else y + bias).to(x.dtype).view(*x.shape[:-1], out)
+    y = torch.cat([x.float() @ part.float().t() for part in parts], dim=-1) * scale.flatten()
+    return (y if bias is None else y + bias).to(x.dtype)
 
 
 class PackedLinear(nn.Module):
@@ -717,9 +715,8 @@ class HalfHead(nn.Module):
     def forward(self, x):  # (..., C) -> (..., V) float32
         if (y := _product_in_c(x, self.weight)) is not None:
             return y
-        rows = x.reshape(-1, x.shape[-1]).float()
-        y = torch.cat([rows @ part.float().t() for part in self.weight.split(4096)], dim=1)
-        return y.view(*x.shape[:-1], -1)
+        parts = self.weight.split(4096)  # outputs at a time
+        return torch.cat([x.float() @ part.float().t() for part in parts], dim=-1)
 
 
 def pack_model(model):
@@ -742,17 +739,15 @@ PACKED_FORMAT = "tsld packed 3"  # the layout of section 5; older ones were othe
 def save_model(path, model):
     """Writes a packed model, whole or not at all: packed weights, float32 scales, biases and norms,
     float16 embeddings and output head, a GPT's config, and a checksum over it all. ValueError:
-    nothing is packed, not all quantized layers are, or an embedding is beyond float16's range."""
+    nothing is packed, not all quantized layers are, or a value is not finite, in float16 either."""
     layers = [name for name, m in model.named_modules() if isinstance(m, PackedLinear)]
     if not layers or any(isinstance(m, QuantLinear) for m in model.modules()):
         raise ValueError("it takes PackedLinear layers in place of all QuantLinear: see pack_model")
-    half = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    half |= {id(getattr(head, "weight", None)) for head in _output_heads(model)}
     tensors = {}
-    for name, tensor in _own_tensors(model).items():
-        tensors[name] = (tensor.half() if id(tensor) in half else tensor).detach().cpu()
-        if id(tensor) in half and not torch.isfinite(tensors[name]).all():
-            raise ValueError(f"{name} has values beyond float16's range")
+    for name, (tensor, dtype) in _stored(model).items():
+        tensors[name] = tensor.detach().to("cpu", dtype)
+        if not torch.isfinite(tensors[name]).all():
+            raise ValueError(f"{name} has values that are not finite in {dtype}")
     content = dict(format=PACKED_FORMAT, config=_config(model), layers=layers, tensors=tensors)
     write_file(path, content)
 
@@ -763,11 +758,14 @@ def _config(model):
     return asdict(config) if isinstance(model, GPT) else getattr(config, "num_attention_heads", 0)
 
 
-def _own_tensors(model):
-    """Name to tensor of all that a state dict holds, tied ones once."""
+def _stored(model):
+    """Name to tensor, and its dtype in a file, of all that a state dict holds, tied ones once."""
+    half = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    half |= {id(getattr(head, "weight", None)) for head in _output_heads(model)}
     kept = model.state_dict().keys()
-    both = (*model.named_parameters(), *model.named_buffers())
-    return {name: tensor for name, tensor in both if name in kept}
+    both = {n: t for n, t in (*model.named_parameters(), *model.named_buffers()) if n in kept}
+    kinds = {n: torch.float16 if id(t) in half else torch.float32 for n, t in both.items()}
+    return {n: (t, kinds[n] if t.is_floating_point() else t.dtype) for n, t in both.items()}
 
 
 def load_model(path, into=None):
@@ -786,26 +784,26 @@ def load_model(path, into=None):
             model = GPT(GPTConfig(**config)) if into is None else into
         if (ours := _config(model)) != config:
             raise ValueError(f"its configuration, or number of heads, is {config}, not {ours}")
-        expected, packed = {n: tuple(t.shape) for n, t in _own_tensors(model).items()}, {}
+        packed, expected = {}, {n: (tuple(t.shape), kind) for n, (t, kind) in _stored(model).items()}
         for name, module in model.named_modules():
             if isinstance(module, QuantLinear) and (name not in layers or module.bits != 2):
                 raise ValueError(f"{name} is not ternary in both")
         for name in layers:
-            module, (out, width) = model.get_submodule(name), expected.pop(f"{name}.weight")
+            module, (out, width) = model.get_submodule(name), expected.pop(f"{name}.weight")[0]
             if is_conv1d(module):
                 out, width = width, out
             parts = [tensors.get(f"{name}.{part}") for part in ("packed", "scale", "bias")]
             packed[name] = PackedLinear(width, *parts)
             found = "channel" if len(parts[1]) > 1 else "tensor"
             scales = out if getattr(module, "granularity", found) == "channel" else 1
-            expected[f"{name}.packed"] = (out, math.ceil(width / 4))
-            expected[f"{name}.scale"] = (scales, 1)
+            expected[f"{name}.packed"] = (out, math.ceil(width / 4)), torch.uint8
+            expected[f"{name}.scale"] = (scales, 1), torch.float32
+        found = {n: (tuple(t.shape), t.dtype) for n, t in tensors.items() if t.device.type == "cpu"}
         for name in sorted(expected.keys() | tensors.keys()):
-            tensor, shape = tensors.get(name, torch.empty(0)), expected.get(name, "there")
-            whole = tensor.untyped_storage().nbytes() >= tensor.nbytes
-            whole = whole and tensor.is_floating_point() != name.endswith(".packed")
-            if tensor.shape != shape or not whole:
-                raise ValueError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}, not {shape}")
+            if found.get(name) != expected.get(name):
+                raise ValueError(f"{name} is {found.get(name)}, not {expected.get(name)}")
+        if sum(tensor.nbytes for tensor in tensors.values()) > os.path.getsize(path):
+            raise ValueError("its tensors claim to be larger than the file")
     for name, layer in packed.items():
         model.set_submodule(name, layer)
     model.load_state_dict(tensors, strict=False, assign=into is None)  # not strict: tied ones once
@@ -912,7 +910,7 @@ class _LeanLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss):
-        return *(x.mul_(grad_loss) for x in ctx.gradients), *[None] * 6
+        return *(x * grad_loss for x in ctx.gradients), *[None] * 6
 
 
 # The product in C looks sums up. Two codes make an index below 16, and select one of the 16 sums

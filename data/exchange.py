@@ -4,6 +4,8 @@ that it was made from. Its ternary matrices are then numbers, at most three diff
 
 import importlib.util
 import json
+import os
+import socket
 from pathlib import Path
 
 import torch
@@ -29,15 +31,30 @@ def load_theirs(name, eager=False):
     import transformers
 
     kind = {"attn_implementation": "eager"} if eager else {}
+    local = {"local_files_only": Path(name).is_dir() or not can_reach("huggingface.co")}
+    transformers.logging.set_verbosity_error()
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **local)
         load = transformers.AutoModelForCausalLM.from_pretrained
-        model = load(name, dtype=torch.float32, **kind)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{name}: {str(error).strip().splitlines()[0]}")
+        model = load(name, dtype=torch.float32, **local, **kind)
+    except Exception as error:  # of any kind: what is in a folder can make it trip over anything
+        offline = " (offline)" if local["local_files_only"] and not Path(name).is_dir() else ""
+        words = str(error).strip() or type(error).__name__
+        raise UserError(f"{name}{offline}: {words.splitlines()[0]}")
     model.config.use_cache = False  # of keys and values, which training has no use for
     model.generation_config.do_sample = True
     return model, TheirTokenizer(name, tokenizer)
+
+
+def can_reach(host):
+    """Saves a minute of its library's trying. A proxy or a mirror is left to the library."""
+    if any(os.environ.get(name) for name in ("https_proxy", "HTTPS_PROXY", "HF_ENDPOINT")):
+        return True
+    try:
+        socket.create_connection((host, 443), timeout=5).close()
+        return True
+    except OSError:
+        return False
 
 
 @torch.no_grad()
@@ -88,7 +105,9 @@ def save_tokenizer(tokenizer, folder):
         },
     }
     (Path(folder) / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast"} | {"eos_token": s for s in special.values()}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast"} | {
+        "eos_token": s for s in special.values()
+    }
     (Path(folder) / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 

@@ -30,7 +30,8 @@ def hold(folder):
     if fcntl is None:
         yield
         return
-    with open(Path(folder) / ".lock", "a+") as file:
+    path = Path(folder) / ".lock"
+    with open(path, "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -38,7 +39,10 @@ def hold(folder):
             raise UserError(f"--out {folder} is in use by process {file.read()}: name another")
         file.truncate(0)
         print(os.getpid(), end="", file=file, flush=True)
-        yield
+        try:
+            yield
+        finally:
+            path.unlink()
 
 
 def check_space(path, model, trainings):

@@ -50,10 +50,8 @@ ADDRESSES = {
     "rte": GLUE + "RTE/{0}",
     "sst2": GLUE + "SST-2/{0}",
     "arc_easy": S3 + "arc/ARC-V1-Feb2018.zip ARC-V1-Feb2018-2/ARC-Easy/ARC-Easy-{1}",
-    "arc_challenge": S3 + "arc/ARC-V1-Feb2018.zip "
-    "ARC-V1-Feb2018-2/ARC-Challenge/ARC-Challenge-{1}",
-    "openbookqa": S3 + "open-book-qa/OpenBookQA-V1-Sep2018.zip "
-    "OpenBookQA-V1-Sep2018/Data/Main/{0}",
+    "arc_challenge": S3 + "arc/ARC-V1-Feb2018.zip ARC-V1-Feb2018-2/ARC-Challenge/ARC-Challenge-{1}",
+    "openbookqa": S3 + "open-book-qa/OpenBookQA-V1-Sep2018.zip OpenBookQA-V1-Sep2018/Data/Main/{0}",
     "piqa": RAW + "ybisk/ybisk.github.io/21edab439af693b961be2f069e8690a88d3b4e37/piqa/data/{0}",
     "gsm8k": RAW + "openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/"
     "grade_school_math/data/{0}",
@@ -130,7 +128,11 @@ def parse(task, line):
         return Example(prompt.format(*row), choices, int(label) if answer is None else answer)
     row = json.loads(line)
     if task == "piqa":
-        return row if isinstance(row, int) else Example(prompt.format(row["goal"]), (row["sol1"], row["sol2"]), None)
+        return (
+            row
+            if isinstance(row, int)
+            else Example(prompt.format(row["goal"]), (row["sol1"], row["sol2"]), None)
+        )
     if task == "gsm8k":
         return Example(prompt.format(row["question"]), (row["answer"],), 0)
     choices = row["question"]["choices"]  # 3 to 5, labelled with letters or with numbers

@@ -68,8 +68,10 @@ def load_path(path):
     try:
         if path.is_dir():
             texts = {part: (path / f"{part}.txt").read_bytes().decode() for part in PARTS}
-        else:
+        elif path.is_file() or not path.exists():
             texts = split_text(path.read_bytes())
+        else:
+            raise UserError(f"--data {path} is no file and no folder")
     except UnicodeDecodeError as error:
         raise UserError(f"--data {path} is not UTF-8 text: {error.reason} at byte {error.start}")
     except OSError as error:
