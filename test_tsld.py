@@ -2709,7 +2709,7 @@ def test_what_two_processes_left_off_one_resumes(tiny, capsys, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_says_how_to_go_on(tiny, capsys, tmp_path, monkeypatch, number):
-    show = train_small.show_progress
+    show, handler = train_small.show_progress, signal.getsignal(signal.SIGINT)
 
     def interrupted(text, last=False):
         if text.startswith("student, tsld: step 2/"):
@@ -2724,7 +2724,7 @@ def test_a_signal_saves_and_says_how_to_go_on(tiny, capsys, tmp_path, monkeypatc
         .endswith("stopped after step 2 of 6; go on with the same command and --resume")
     )
     assert tsld.read_file(tmp_path / "out" / "student-tsld.pt")["step"] == 2
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler  # a background shell may ignore it
 
 
 def source(argv, device):
@@ -3198,6 +3198,39 @@ def test_a_student_with_dropout_resumes_with_as_many_processes_alone(tmp_path, m
     monkeypatch.setattr(train_small, "spread", lambda model, device: model)
     with pytest.raises(tsld.CheckpointError, match="dropout is 1, not 2"):
         train_brief(path, resume=True)
+
+
+@pytest.mark.parametrize("command", [table.main, figures.main])
+def test_evidence_that_cannot_be_made_is_refused_before_anything_is_trained(
+    command, tiny, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(train_small, "train_teacher", None)
+    monkeypatch.setattr(table, "FOLDER", tmp_path)
+    monkeypatch.setattr(figures, "FOLDER", tmp_path)
+    argv = [*tiny, "--steps", "2"]
+    for flags, words in (
+        (["--model", str(tmp_path)], f"--model {tmp_path}: it takes one of tiny"),
+        ([], f"{tmp_path / 'table.json'} is damaged"),
+    ):
+        (tmp_path / "table.json").write_text("[]" if flags else "[{")
+        assert train_small.main([*argv, *flags], command) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and words in error
+
+
+def test_figures_resume_with_the_history_of_each_student_or_not_at_all(
+    tiny, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(train_small, "train_teacher", None)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "student-tsld.pt").touch()
+    for history in (None, "{"):
+        path = tmp_path / "out" / "student-tsld.history.json"
+        if history:
+            path.write_text(history)
+        assert train_small.main([*tiny, "--resume"], figures.main) == 2
+        words = f"{path} is damaged" if history else f"{path} is missing"
+        assert words in capsys.readouterr().err
 
 
 def test_a_folder_that_another_run_holds_is_refused_by_name(tiny, capsys, tmp_path):

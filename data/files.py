@@ -1,5 +1,6 @@
-"""The folder that a run writes to."""
+"""The folder that a run writes to, and the rows that are already there."""
 
+import json
 import os
 import shutil
 import tempfile
@@ -52,3 +53,11 @@ def check_space(path, model, trainings):
     if free < needed:
         sizes = f"{needed / 1e9:.1f} GB for checkpoints and has {free / 1e9:.1f} GB free"
         raise UserError(f"--out {path} needs {sizes}: name a folder on another disk")
+
+
+def read_json(path, missing):
+    """What a JSON file holds; `missing` where there is none."""
+    try:
+        return json.loads(path.read_text()) if path.exists() else missing
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): delete it, or mend it")

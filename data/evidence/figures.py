@@ -20,6 +20,9 @@ from torch.nn import functional as F
 
 import train_small
 import tsld
+from data.evidence.table import check_model
+from data.files import read_json
+from data.texts import UserError
 
 FOLDER = Path(__file__).resolve().parent
 SHOWN = (
@@ -116,7 +119,7 @@ class Figures:
             return None
         path = Path(self.setup.args.out) / f"student-{loss}.history.json"
         resumed = self.setup.args.resume and path.exists()
-        history = self.histories[loss] = json.loads(path.read_text()) if resumed else {}
+        history = self.histories[loss] = read_json(path, {}) if resumed else {}
         steps, block_size = self.setup.student.steps, self.setup.student.block_size
         every = max(1, steps // 20)
 
@@ -190,7 +193,7 @@ def bars_of_table(setup):
     student |= {
         key: getattr(setup.student, key) for key in ("steps", "lr", "temperature", "batch_size")
     }
-    for row in json.loads(path.read_text()) if path.exists() else []:
+    for row in read_json(path, []):
         untrained = row["method"] in ("teacher", "ternarized")
         if (ours if untrained else ours | student).items() <= row.items():
             of_teacher[row["teacher"]].append(row)
@@ -371,6 +374,13 @@ def main(argv):
     takes = train_small.TRAIN - {"loss", "gt-weight", "bits"}
     args = train_small.parse(argv, takes, about, steps=400, **{"tsld-temperature": 10.0})
     args.loss = "all"
+    check_model(args)
+    read_json(FOLDER / "table.json", [])  # a damaged file is found before anything is trained
+    for checkpoint in Path(args.out).glob("student-*.pt") if args.resume else ():
+        history = checkpoint.with_suffix(".history.json")
+        if checkpoint.stem in ("student-logit", "student-logit_gt", "student-tsld"):
+            if read_json(history, None) is None:
+                raise UserError(f"{history} is missing: without --resume it is made anew")
     setup = train_small.set_up(args)
     teacher = train_small.train_teacher(setup)
     frozen = train_small.frozen_teacher(

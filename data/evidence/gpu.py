@@ -20,6 +20,7 @@ import train_small
 import tsld
 from data.evidence import bench
 from data.evidence.table import FOLDER, where_and_when
+from data.files import read_json
 from tsld import GPT, GPTConfig, TrainConfig
 
 # bfloat16 products of dense matrices, per second: the denominator of the utilisation.
@@ -35,7 +36,7 @@ def main(argv):
     about = "What takes a GPU, to data/evidence/gpu.json."
     args = train_small.parse(argv, TAKES, about, data="ptb", out="out/gpu", loss="all")
     args.resume, path = True, FOLDER / "gpu.json"
-    rows = json.loads(path.read_text()) if path.exists() else []
+    rows = read_json(path, [])
     device = train_small.choose_device(args.device)
     parts = [("step", *row) for row in step_rows(args)]
     parts += [("decoding",), *(("student", *student) for student in STUDENTS)]

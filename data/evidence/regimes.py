@@ -25,6 +25,7 @@ import train_small
 import tsld
 from data import tasks
 from data.evidence.table import FOLDER, where_and_when
+from data.files import read_json
 from tsld import TrainConfig
 
 # The shape, vocabulary and student of the preset tiny, the Penn Treebank's first 100,000 tokens.
@@ -51,7 +52,7 @@ def main(argv):
     args.resume = True  # a student that was interrupted
     setup = train_small.set_up(args)
     path = FOLDER / f"regimes-{args.seed}.json"
-    rows = json.loads(path.read_text()) if path.exists() else []
+    rows = read_json(path, [])
     wanted = [
         {"bits": bits, "epochs": epochs, "teacher_epochs": of_teacher, "temperature": temperature}
         | {"gt_weight": gt_weight, "seed": args.seed}
@@ -122,7 +123,7 @@ def other_text(tokenizer):
 
 def read_rows():
     files = sorted(FOLDER.glob("regimes-*.json"))
-    return [row for file in files for row in json.loads(file.read_text())]
+    return [row for file in files for row in read_json(file, [])]
 
 
 def draw(rows):

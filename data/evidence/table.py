@@ -23,6 +23,7 @@ import torch
 import train_small
 import tsld
 from data.evidence import baselines
+from data.files import read_json
 
 FOLDER = Path(__file__).resolve().parent
 
@@ -38,7 +39,7 @@ TAKES = train_small.TRAIN - {"loss", "bits", "granularity", "gt-weight", "seed",
 
 def main(argv):
     setup, path = set_up(argv), FOLDER / "table.json"
-    rows = json.loads(path.read_text()) if path.exists() else []
+    rows = read_json(path, [])
     teacher, half = train_small.train_teacher(setup), None
     name = train_small.teacher_path(setup).stem
     same = {"teacher": f"{name}, weights {train_small.fingerprint(teacher.parameters())}"}
@@ -71,8 +72,16 @@ def main(argv):
 def set_up(argv):
     about = "The paper's table 1 in kind, and its ablation, to data/evidence/table.json."
     args = train_small.parse(argv, TAKES, about, steps=400)
+    check_model(args)
     args.resume = True  # a student that was interrupted
     return train_small.set_up(args)
+
+
+def check_model(args):
+    """OPTQ, AWQ and the figures look into our GPT; said before anything is trained."""
+    if args.model not in (None, *train_small.PRESETS):
+        known = ", ".join(train_small.PRESETS)
+        raise train_small.UserError(f"--model {args.model}: it takes one of {known}")
 
 
 def wanted_rows(setup):
