@@ -49,7 +49,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_small
 import tsld
-from data import exchange, files, texts
+from data import exchange, files, tasks, texts
 from data.evidence import baselines, bench, figures, llama, table, vocabulary
 from tsld import GPT, GPTConfig, QuantLinear, TrainConfig
 
@@ -2357,6 +2357,114 @@ def test_every_text_survives_the_small_vocabulary():
         assert tokenizer.decode(tokenizer.encode_ordinary(text)) == text
     for byte in range(256):
         assert tokenizer.decode_single_token_bytes(byte) == bytes([byte])
+
+
+ARC = '{"id": "1", "question": {"stem": "Why?", "choices": [%s]}, "answerKey": "%s"}'
+TASKS = {  # a few lines of each file in its original format, and the last example of the last part
+    "cola": (
+        {
+            "in_domain_train.tsv": "gj04\t1\t\tWe ran.\ngj04\t0\t*\tRan we.\n",
+            "in_domain_dev.tsv": "gj04\t1\t\tHe left.\n",
+            "out_of_domain_dev.tsv": 'clc95\t0\t*\tLeft "he.',
+        },
+        ('Left "he.\nQuestion: Does this sentence make sense?\nAnswer:', ("no", "yes"), 0),
+        (2, 2),
+    ),
+    "mrpc": (
+        {
+            "msr_paraphrase_train.txt": "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\n"
+            '1\t1\t2\tA "b.\tB a.\n0\t3\t4\tC.\tD.\n',
+            "dev.tsv": "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\n0\t3\t4\tC.\tD.\n",
+        },
+        (
+            "Sentence 1: C.\nSentence 2: D.\nQuestion: Do both sentences mean the same thing?\n"
+            "Answer:",
+            ("no", "yes"),
+            0,
+        ),
+        (1, 1),
+    ),
+    "rte": (
+        {
+            "train.tsv": "index\tsentence1\tsentence2\tlabel\n0\tA.\tB.\tentailment\n",
+            "dev.tsv": "index\tsentence1\tsentence2\tlabel\n0\tA.\tB.\tnot_entailment\n",
+        },
+        ("A.\nQuestion: B. True or False?\nAnswer:", ("True", "False"), 1),
+        (1, 1),
+    ),
+    "sst2": (
+        {"train.tsv": "sentence\tlabel\nfine \t1\n", "dev.tsv": 'sentence\tlabel\nso " so \t1\n'},
+        (
+            'so " so\nQuestion: Is this sentence positive or negative?\nAnswer:',
+            ("negative", "positive"),
+            1,
+        ),
+        (1, 1),
+    ),
+    "arc_challenge": (
+        {
+            "train.jsonl": ARC % ('{"text": "a", "label": "A"}, {"text": "b", "label": "B"}', "B"),
+            "test.jsonl": ARC
+            % (", ".join(f'{{"text": "t{i}", "label": "{i}"}}' for i in (1, 2, 3)), "3"),
+        },
+        ("Question: Why?\nAnswer:", ("t1", "t2", "t3"), 2),
+        (1, 1),
+    ),
+    "openbookqa": (
+        {
+            name: ARC % ('{"text": "a", "label": "A"}', "A")
+            for name in ("train.jsonl", "test.jsonl")
+        },
+        ("Why?", ("a",), 0),
+        (1, 1),
+    ),
+    "piqa": (
+        {
+            "train.jsonl": '{"goal": "g", "sol1": "x", "sol2": "y"}\n',
+            "train-labels.lst": "0\n",
+            "valid.jsonl": '{"goal": "h", "sol1": "u", "sol2": "v"}\n',
+            "valid-labels.lst": "1\n",
+        },
+        ("Question: h\nAnswer:", ("u", "v"), 1),
+        (1, 1),
+    ),
+    "gsm8k": (
+        {
+            name: '{"question": "1+1?", "answer": "#### 2"}\n'
+            for name in ("train.jsonl", "test.jsonl")
+        },
+        ("Question: 1+1?\nAnswer:", ("#### 2",), 0),
+        (1, 1),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_tasks_files_become_prompts_choices_and_answers(name, tmp_path, monkeypatch):
+    written, last, counts = TASKS[name]
+    (tmp_path / name).mkdir()
+    rows = []
+    for file, text in written.items():
+        (tmp_path / name / file).write_bytes(text.encode())
+        lines = text.strip("\n").count("\n") + (0 if name in ("mrpc", "rte", "sst2") else 1)
+        rows.append(f"- {lines} {name}/{file}")
+    monkeypatch.setattr(tasks, "DOWNLOADS", tmp_path)
+    monkeypatch.setattr(tasks, "FILES", "\n".join(rows))
+    train, test = tasks.load_task(name)
+    assert (len(train), len(test)) == counts and tuple(test[-1]) == last
+    monkeypatch.setattr(tasks, "FILES", "\n".join(row.replace("- ", "- 9") for row in rows))
+    with pytest.raises(texts.UserError, match="examples, not 9"):
+        tasks.load_task(name)
+    monkeypatch.setattr(tasks, "FILES", "\n".join(row.replace("-", "0" * 64, 1) for row in rows))
+    with pytest.raises(texts.UserError, match="does not match its SHA-256"):
+        tasks.load_task(name)
+
+
+def test_every_task_has_files_with_an_address_and_a_prompt():
+    rows = [row.split() for row in tasks.FILES.strip().splitlines()]
+    assert {row[2].split("/")[0] for row in rows} == set(tasks.PROMPTS) == set(tasks.ADDRESSES)
+    for sha256, count, file in rows:
+        assert re.fullmatch("-|[0-9a-f]{64}", sha256) and int(count) > 200, file
 
 
 def test_the_small_vocabulary_shortens_english_by_more_than_half():

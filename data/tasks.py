@@ -1,19 +1,14 @@
-"""The nine data sets of the paper's task tables, as prompts, choices and answers, and their scores.
+"""The nine data sets of the paper's task tables, as prompts, choices and answers.
 
 Their files are found in data/downloads/, or downloaded into it once; README.md beside this file
 says where they come from. The prompts are worded as lm-evaluation-harness words them."""
 
 import json
-import math
-import re
 import zipfile
 from typing import NamedTuple
 
-import torch
-from torch.nn import functional as F
 
 from data.texts import DATA, UserError, fetch
-from tsld import GPT
 
 DOWNLOADS = DATA / "downloads"
 # SHA-256 (- where none is published), number of examples, file.
@@ -83,56 +78,50 @@ class Example(NamedTuple):
 
 
 def load_task(name):
-    """Examples to train on, and to evaluate on: those that papers report."""
+    """Examples to train on, and examples to evaluate on, those that papers report. UserError: a
+    file can neither be found nor downloaded, or is another one."""
     if name == "cola":
-        parts = read(name, "in_domain_train.tsv"), [*read(name, "in_domain_dev.tsv")]
-        parts[1].extend(read(name, "out_of_domain_dev.tsv"))
+        parts = ["in_domain_train.tsv"], ["in_domain_dev.tsv", "out_of_domain_dev.tsv"]
     elif name == "mrpc":
-        held_out = read(name, "dev.tsv")
-        every = read(name, "msr_paraphrase_train.txt")
-        parts = [example for example in every if example not in set(held_out)], held_out
+        parts = ["msr_paraphrase_train.txt"], ["dev.tsv"]
     elif name == "piqa":
-        parts = (
-            [
-                row._replace(answer=label)
-                for row, label in zip(read(name, f"{part}.jsonl"), read(name, f"{part}-labels.lst"))
-            ]
-            for part in ("train", "valid")
-        )
+        parts = ["train.jsonl", "train-labels.lst"], ["valid.jsonl", "valid-labels.lst"]
     else:
-        ending = "tsv" if name in ("rte", "sst2") else "jsonl"
-        test = "dev" if ending == "tsv" else "test"
-        parts = (read(name, f"{part}.{ending}") for part in ("train", test))
-    return tuple(parts)
+        parts = (
+            (["train.tsv"], ["dev.tsv"]) if PROMPTS[name][1] else (["train.jsonl"], ["test.jsonl"])
+        )
+    train, test = ([read(name, file) for file in files] for files in parts)
+    if name == "piqa":  # texts, and labels
+        return tuple(
+            [Example(*text, label) for text, label in zip(*part)] for part in (train, test)
+        )
+    train, test = sum(train, []), sum(test, [])
+    held_out = set(test) if name == "mrpc" else ()  # whose training file holds both parts
+    return [example for example in train if example not in held_out], test
 
 
 def read(task, file):
-    """A file's lines as examples, or as labels."""
-    by_file = {path: (sha, int(n)) for sha, n, path in map(str.split, FILES.strip().splitlines())}
-    sha256, count = by_file[f"{task}/{file}"]
+    """A file's lines as examples; PIQA's texts and labels stand in two files."""
+    rows = map(str.split, FILES.strip().splitlines())
+    sha256, count = next(row[:2] for row in rows if row[2] == f"{task}/{file}")
     path = find(task, file, None if sha256 == "-" else sha256)
     lines = path.read_text("utf-8-sig").removesuffix("\n").split("\n")
     lines = lines[1:] if task in ("mrpc", "rte", "sst2") else lines  # a header
-    if len(lines) != count:
+    if len(lines) != int(count):
         raise UserError(f"{path} has {len(lines)} examples, not {count}: delete it")
     return [parse(task, line) for line in lines]
 
 
 def parse(task, line):
-    """One line of a task's file, as an Example; as an int where it is a label alone."""
     prompt, choices = PROMPTS[task]
-    if choices:  # tab-separated; its quotes are literal
+    if choices:  # tab-separated, quotes are literal
         row = [column.strip() for column in line.split("\t")]
         label = row[{"cola": 1, "mrpc": 0, "rte": 3, "sst2": 1}[task]]
         answer = {"entailment": 0, "not_entailment": 1}.get(label)
         return Example(prompt.format(*row), choices, int(label) if answer is None else answer)
     row = json.loads(line)
     if task == "piqa":
-        return (
-            row
-            if isinstance(row, int)
-            else Example(prompt.format(row["goal"]), (row["sol1"], row["sol2"]), None)
-        )
+        return row if type(row) is int else (prompt.format(row["goal"]), (row["sol1"], row["sol2"]))
     if task == "gsm8k":
         return Example(prompt.format(row["question"]), (row["answer"],), 0)
     choices = row["question"]["choices"]  # 3 to 5, labelled with letters or with numbers

@@ -9,7 +9,9 @@ It may be stopped and started again: rows that are there stay. Seeds are indepen
 them share two cores best as two processes of one thread (OMP_NUM_THREADS=1), once the first one has
 made the pretrained model."""
 
+import collections
 import copy
+import importlib.util
 import json
 import math
 import re
@@ -127,7 +129,74 @@ def read_rows():
 
 
 def draw(rows):
-    pass
+    """Prints a table of each setting of bits and epochs, its seeds averaged, and draws the map."""
+    groups = collections.defaultdict(list)
+    for row in rows:
+        key = row["bits"], row["epochs"], row["teacher_epochs"]
+        groups[key, row["temperature"], row["gt_weight"]].append(row)
+    mixes = sorted({key[1:] for key in groups}, key=lambda mix: (-mix[0], mix[1]))
+    named = [f"{weight:g}, {'τ ' + f'{t:g}' if t < math.inf else '-'}" for t, weight in mixes]
+    print("validation perplexity: ground truth's weight, token scale")
+    titles = ("bits", "epochs", "teacher's epochs", "teacher", "rounded", *named)
+    print("\n| " + " | ".join(titles) + " |\n" + "| --- " * len(titles) + "|")
+    for setting in sorted({key[0] for key in groups}):
+        of_setting = [row for key in groups if key[0] == setting for row in groups[key]]
+        cells = [f"{cell}" for cell in setting]
+        cells += [mean_and_spread(of_setting, f"{who}_valid_ppl") for who in ("teacher", "rounded")]
+        for mix in mixes:
+            cells.append(mean_and_spread(groups.get((setting, *mix), []), "student_valid_ppl"))
+        print("| " + " | ".join(cells) + " |")
+    if importlib.util.find_spec("matplotlib"):
+        figure(groups).savefig(FOLDER / "5-regimes.png", dpi=150)
+
+
+def mean_and_spread(rows, key):
+    values = {row["seed"]: row[key] for row in rows}.values()  # a teacher has a row per student
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{spread} ({len(values)})" if values else ""
+
+
+def figure(groups):
+    """The student's perplexity against its teacher's, over how far the teacher has learned."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    drawing, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    colors = {0.0: "tab:blue", 1 / 16: "tab:cyan", 1 / 4: "tab:orange", 1.0: "tab:red"}
+    for temperature, weight in product((math.inf, 10.0), colors):
+        lines = collections.defaultdict(list)
+        for (setting, *mix), rows in groups.items():
+            if setting[:2] == (2, 16) and mix == [temperature, weight]:
+                lines[setting[2]] = [
+                    row["student_valid_ppl"] - row["teacher_valid_ppl"] for row in rows
+                ]
+        epochs = sorted(lines)
+        scale = "token scale" if temperature < math.inf else "no token scale"
+        axes.errorbar(
+            epochs,
+            [statistics.mean(lines[n]) for n in epochs],
+            [statistics.stdev(lines[n]) if len(lines[n]) > 1 else 0 for n in epochs],
+            color=colors[weight],
+            linestyle="-" if temperature < math.inf else "--",
+            marker="o",
+            markersize=3,
+            capsize=2,
+            label=f"ground truth · {weight:g}, {scale}",
+        )
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set_xscale("log")
+    axes.set_xticks(sorted(TEACHERS), sorted(TEACHERS))
+    axes.set_xlabel("epochs that the teacher was fine-tuned on the student's text")
+    axes.set_ylabel("perplexity, student minus teacher")
+    axes.legend(fontsize=7)
+    axes.set_title(
+        "The ground truth helps a student whose teacher has not finished learning its text;\n"
+        "the token scale (full lines) changes little",
+        fontsize=9,
+    )
+    return drawing
 
 
 if __name__ == "__main__":
