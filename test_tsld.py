@@ -1158,6 +1158,8 @@ SHAPES = [
     (5, 64),
     (40, 61),
     (2, 256),
+    (32, 16),
+    (96, 16),
     (64, 16),  # the shapes that the product in C takes, from here on
     (192, 48),
     (64, 1040),
@@ -1189,7 +1191,7 @@ def test_packing_and_unpacking_is_lossless_at_two_bits_a_weight(shape):
 
 
 @pytest.mark.parametrize(
-    "shape, together", [((3, 10), 1), ((64, 10), 1), ((70, 16), 1), ((64, 16), 64), ((192, 46), 64)]
+    "shape, together", [((3, 10), 1), ((64, 10), 1), ((96, 16), 1), ((64, 16), 64), ((192, 46), 64)]
 )
 def test_a_rows_codes_are_in_order_and_64_rows_stand_side_by_side_4_bytes_of_each(shape, together):
     codes, bits = random_codes(*shape), {0: 0b00, 1: 0b01, -1: 0b11}
@@ -1273,6 +1275,19 @@ def test_ternary_matmul_refuses_a_width_that_is_not_its_own():
     for width in (4, 9, 1):
         with pytest.raises(ValueError, match=f"not of {width} inputs"):
             tsld.ternary_matmul(randn(2, width), packed, torch.ones(1, 1))
+
+
+def test_a_packed_layer_refuses_a_width_that_is_not_its_own():
+    layer = tsld.PackedLinear(14, tsld.pack_ternary(random_codes(3, 14)), torch.ones(1, 1))
+    for width in (13, 15, 16):  # of as many bytes
+        with pytest.raises(ValueError, match=f"{width} inputs, not 14"):
+            layer(randn(2, width))
+
+
+def test_a_packed_model_has_nothing_to_train():
+    packed = tsld.pack_model(quantized_gpt())
+    with pytest.raises(ValueError, match="empty parameter list"):
+        next(tsld.train(packed, TEXT, replace(BRIEF, loss="gt", block_size=8)))
 
 
 def test_the_gradient_passes_a_packed_layer():

@@ -59,7 +59,7 @@ import tempfile
 import zipfile
 from collections import OrderedDict
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -364,7 +364,7 @@ class GPT(nn.Module):
     """GPT-2. model(ids) gives logits (B, T, V), model(ids, trace=True) a Trace. ids: (B, T)."""
     def __init__(self, config):
         super().__init__()
-        sizes = [size for name, size in asdict(config).items() if name != "dropout"]
+        sizes = astuple(config)[:5]
         if any(type(n) is not int or n < 1 for n in sizes) or config.n_embd % config.n_head:
             raise ValueError(f"n_embd {config.n_embd} does not divide into {config.n_head} heads")
         self.config = config
@@ -703,6 +703,8 @@ class PackedLinear(nn.Module):
         return self.scale * unpack_ternary(self.packed, self.in_features)
 
     def forward(self, x):  # (..., in) -> (..., out)
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"{x.shape[-1]} inputs, not {self.in_features}")
         return ternary_matmul(x, self.packed, self.scale, self.bias)
 
 
@@ -715,8 +717,7 @@ class HalfHead(nn.Module):
     def forward(self, x):  # (..., C) -> (..., V) float32
         if (y := _product_in_c(x, self.weight)) is not None:
             return y
-        parts = self.weight.split(4096)  # outputs at a time
-        return torch.cat([x.float() @ part.float().t() for part in parts], dim=-1)
+        return torch.cat([x.float() @ part.float().t() for part in self.weight.split(4096)], dim=-1)
 
 
 def pack_model(model):
@@ -748,11 +749,10 @@ def save_model(path, model):
         tensors[name] = tensor.detach().to("cpu", dtype)
         if not torch.isfinite(tensors[name]).all():
             raise ValueError(f"{name} has values that are not finite in {dtype}")
-    content = dict(format=PACKED_FORMAT, config=_config(model), layers=layers, tensors=tensors)
-    write_file(path, content)
+    write_file(path, dict(format=PACKED_FORMAT, config=_kind(model), layers=layers, tensors=tensors))
 
 
-def _config(model):
+def _kind(model):
     """A GPT's configuration; of other models the number of heads, which no tensor's shape shows."""
     config = getattr(model, "config", None)
     return asdict(config) if isinstance(model, GPT) else getattr(config, "num_attention_heads", 0)
@@ -782,7 +782,7 @@ def load_model(path, into=None):
             raise ValueError("it is not of our GPT, and needs `into`, a model of its kind")
         with torch.device("meta"):
             model = GPT(GPTConfig(**config)) if into is None else into
-        if (ours := _config(model)) != config:
+        if (ours := _kind(model)) != config:
             raise ValueError(f"its configuration, or number of heads, is {config}, not {ours}")
         packed, expected = {}, {n: (tuple(t.shape), kind) for n, (t, kind) in _stored(model).items()}
         for name, module in model.named_modules():
