@@ -1290,11 +1290,14 @@ def test_a_packed_model_has_nothing_to_train():
         next(tsld.train(packed, TEXT, replace(BRIEF, loss="gt", block_size=8)))
 
 
-def test_the_gradient_passes_a_packed_layer():
-    layer = tsld.PackedLinear(5, tsld.pack_ternary(random_codes(3, 5)), torch.tensor([[0.5]]))
-    x, upstream = randn(1, 5).requires_grad_(), randn(1, 3, seed=1)
+@pytest.mark.parametrize("shape", [(3, 5), (64, 16)])
+def test_the_gradient_passes_a_packed_layer(shape):
+    layer = tsld.PackedLinear(
+        shape[1], tsld.pack_ternary(random_codes(*shape)), torch.tensor([[0.5]])
+    )
+    x, upstream = randn(1, shape[1]).requires_grad_(), randn(1, shape[0], seed=1)
     layer(x).backward(upstream)
-    torch.testing.assert_close(x.grad, upstream @ (0.5 * random_codes(3, 5)))
+    torch.testing.assert_close(x.grad, upstream @ (0.5 * random_codes(*shape)))
 
 
 @pytest.mark.parametrize("product", ["in C", "in PyTorch"], indirect=True)
@@ -1532,8 +1535,8 @@ def mutations():
     wrong = (None, -1, 0, 10**7, 10**30, 0.5, "2", [], {}, math.nan, torch.zeros(2), True)
     for key in ("vocab_size", "n_layer", "n_head", "n_embd", "block_size"):
         for value in wrong:
-            yield f"{key} = {value!r}", put("config", key), value
-    for key in ("format", "config", "layers", "tensors"):
+            yield f"{key} = {value!r}", put("kind", key), value
+    for key in ("format", "kind", "layers", "tensors"):
         for value in wrong:
             yield f"{key} = {value!r}", put(key), value
     for layers in (
@@ -1557,7 +1560,7 @@ def mutations():
         ):
             yield f"{tensor} = {str(value)[:30]}", put("tensors", tensor), value
     yield "another tensor", put("tensors", "extra"), torch.zeros(3)
-    yield "config.extra", put("config", "extra"), 1
+    yield "kind.extra", put("kind", "extra"), 1
 
 
 def test_whatever_a_packed_file_claims_it_is_refused_in_one_line_or_is_an_equal_model(tmp_path):

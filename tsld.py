@@ -749,7 +749,7 @@ def save_model(path, model):
         tensors[name] = tensor.detach().to("cpu", dtype)
         if not torch.isfinite(tensors[name]).all():
             raise ValueError(f"{name} has values that are not finite in {dtype}")
-    write_file(path, dict(format=PACKED_FORMAT, config=_kind(model), layers=layers, tensors=tensors))
+    write_file(path, dict(format=PACKED_FORMAT, kind=_kind(model), layers=layers, tensors=tensors))
 
 
 def _kind(model):
@@ -777,14 +777,14 @@ def load_model(path, into=None):
     if (form := content.get("format") if isinstance(content, dict) else None) != PACKED_FORMAT:
         raise CheckpointError(f"{path} is not a packed model: {form} is not {PACKED_FORMAT}")
     with refusing(f"{path} is of another model:"):
-        config, layers, tensors = (content[key] for key in ("config", "layers", "tensors"))
-        if into is None and not (isinstance(config, dict) and config["n_layer"] < len(tensors)):
+        kind, layers, tensors = (content[key] for key in ("kind", "layers", "tensors"))
+        if into is None and not (isinstance(kind, dict) and kind["n_layer"] < len(tensors)):
             raise ValueError("it is not of our GPT, and needs `into`, a model of its kind")
         with torch.device("meta"):
-            model = GPT(GPTConfig(**config)) if into is None else into
-        if (ours := _kind(model)) != config:
-            raise ValueError(f"its configuration, or number of heads, is {config}, not {ours}")
-        packed, expected = {}, {n: (tuple(t.shape), kind) for n, (t, kind) in _stored(model).items()}
+            model = GPT(GPTConfig(**kind)) if into is None else into
+        if (ours := _kind(model)) != kind:
+            raise ValueError(f"its configuration, or number of heads, is {kind}, not {ours}")
+        packed, expected = {}, {n: (tuple(t.shape), d) for n, (t, d) in _stored(model).items()}
         for name, module in model.named_modules():
             if isinstance(module, QuantLinear) and (name not in layers or module.bits != 2):
                 raise ValueError(f"{name} is not ternary in both")
