@@ -33,6 +33,7 @@ def load_theirs(name, eager=False):
     kind = {"attn_implementation": "eager"} if eager else {}
     local = {"local_files_only": Path(name).is_dir() or not can_reach("huggingface.co")}
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **local)
         load = transformers.AutoModelForCausalLM.from_pretrained
