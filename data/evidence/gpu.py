@@ -4,8 +4,9 @@ product and of decoding, and the paper's experiment on a pretrained model.
     python -m data.evidence.gpu --model FOLDER     # a model of transformers, such as SmolLM2-135M
     python -m data.evidence.gpu --model FOLDER --device cpu --steps 2    # a dry run
 
-fills data/evidence/gpu.json, row by row. It may be stopped and started again: rows that are there
-stay. Where no GPU is, a dry run shows that every part works; its rows say "cpu"."""
+fills gpu.json in --out, row by row. It may be stopped and started again: rows that are there stay.
+On a CPU a dry run shows that every part works: its training steps are those of a minute model, its
+rows say "cpu"."""
 
 import copy
 import json
@@ -19,13 +20,14 @@ import torch
 import train_small
 import tsld
 from data.evidence import bench
-from data.evidence.table import FOLDER, where_and_when
+from data.evidence.table import where_and_when
 from data.files import read_json
 from tsld import GPT, GPTConfig, TrainConfig
 
 # bfloat16 products of dense matrices, per second: the denominator of the utilisation.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 SHAPES = {"GPT-2 small": GPTConfig(), "GPT-2 medium": GPTConfig(1024, 50257, 24, 16, 1024)}
+DRY = {"minute": GPTConfig(512, 512, 2, 2, 64)}
 # The paper's schedule: 3 epochs of the teacher, then the student at batch 4 x 512, rate 1e-4.
 STUDENTS = [("logit", 0.0), ("logit_gt", 0.0), ("tsld", 0.0), ("tsld", 0.25), ("l2l", 0.0)]
 EPOCHS = 30
@@ -35,7 +37,7 @@ TAKES = {"model", "data", "device", "dtype", "compile", "steps", "out", "seed", 
 def main(argv):
     about = "What takes a GPU, to data/evidence/gpu.json."
     args = train_small.parse(argv, TAKES, about, data="ptb", out="out/gpu", loss="all")
-    args.resume, path = True, FOLDER / "gpu.json"
+    args.resume, path = True, train_small.check_folder(args.out) / "gpu.json"
     rows = read_json(path, [])
     device = train_small.choose_device(args.device)
     parts = [("step", *row) for row in step_rows(args)]
@@ -63,16 +65,17 @@ def main(argv):
 
 def step_rows(args):
     """Shape, loss, dtype, compiled."""
-    fast = train_small.default_dtype(train_small.choose_device(args.device))
-    rows = [(name, loss, fast, False) for name in SHAPES for loss in tsld.LOSSES]
-    return rows + [(name, "tsld", fast, True) for name in SHAPES]
+    device = train_small.choose_device(args.device)
+    fast, names = train_small.default_dtype(device), DRY if device.type == "cpu" else SHAPES
+    rows = [(name, loss, fast, False) for name in names for loss in tsld.LOSSES]
+    return rows + [(name, "tsld", fast, True) for name in names]
 
 
 def measure_step(device, steps, name, loss, dtype, compiled, batch=4, length=512):
     """Tokens per second, peak memory in bytes, and the share of the device's products that the
     student's and the teacher's take: 6 and 2 per parameter and token."""
     torch.manual_seed(0)
-    teacher = GPT(SHAPES[name]).to(device)
+    teacher = GPT((SHAPES | DRY)[name]).to(device)
     student = tsld.quantize_model(copy.deepcopy(teacher))
     if compiled:
         for block in (*student.h, *teacher.h):
@@ -80,7 +83,7 @@ def measure_step(device, steps, name, loss, dtype, compiled, batch=4, length=512
     config = TrainConfig(
         loss=loss, steps=steps + 1, batch_size=batch, block_size=length, dtype=dtype
     )
-    tokens = torch.randint(SHAPES[name].vocab_size, (10 * length,))
+    tokens = torch.randint(teacher.config.vocab_size, (10 * length,))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     for step, _ in tsld.train(student, tokens, config, None if loss == "gt" else teacher):
