@@ -1284,6 +1284,21 @@ def test_a_packed_layer_refuses_a_width_that_is_not_its_own():
             layer(randn(2, width))
 
 
+def test_what_the_c_code_cannot_take_is_left_to_pytorch_or_refused():
+    packed, scale = tsld.pack_ternary(random_codes(64, 16)), torch.ones(1, 1)
+    x, one = randn(1, 16), torch.tensor([7.0])
+    y = tsld.ternary_matmul(x, packed, scale, one)  # as F.linear does not, but addition does
+    torch.testing.assert_close(y, x @ random_codes(64, 16).float().t() + 7)
+    for wrong in (
+        lambda: tsld.ternary_matmul(x, packed, scale, torch.ones(3)),
+        lambda: tsld.ternary_matmul(x, packed, torch.ones(2, 1)),
+        lambda: tsld.ternary_matmul(x, packed.int(), scale),
+        lambda: tsld.HalfHead(torch.ones(10, 8).half())(torch.ones(1, 12)),
+    ):
+        with pytest.raises((ValueError, RuntimeError)):
+            wrong()
+
+
 def test_a_packed_model_has_nothing_to_train():
     packed = tsld.pack_model(quantized_gpt())
     with pytest.raises(ValueError, match="empty parameter list"):
@@ -1592,7 +1607,7 @@ def test_a_compressed_archive_is_not_unpacked(tmp_path):
         for entry in archive.namelist():
             packed.writestr(entry, archive.read(entry))
     bomb.write_bytes(bomb.read_bytes() + hashlib.sha256(bomb.read_bytes()).digest())
-    with pytest.raises(tsld.CheckpointError, match="is not loaded"):
+    with pytest.raises(tsld.CheckpointError, match="holds more than plain values"):
         tsld.load_model(bomb)
 
 

@@ -285,8 +285,7 @@ def _output_heads(model):
 def load_tensors(path):
     """What torch.save wrote, on the CPU. CheckpointError: the file is damaged, unpacks to more than
     its size, or could run code, which it then does not."""
-    what = "is truncated or holds more than plain values, and is not loaded"
-    with open(path, "rb") as file, refusing(path, what):
+    with open(path, "rb") as file, refusing(path, "is truncated or holds more than plain values"):
         entries = zipfile.ZipFile(file).filelist if zipfile.is_zipfile(file) else []
         if any(entry.compress_type for entry in entries):
             raise ValueError("torch.save does not compress")
@@ -366,7 +365,7 @@ class GPT(nn.Module):
         super().__init__()
         sizes = astuple(config)[:5]
         if any(type(n) is not int or n < 1 for n in sizes) or config.n_embd % config.n_head:
-            raise ValueError(f"n_embd {config.n_embd} does not divide into {config.n_head} heads")
+            raise ValueError(f"{sizes}: wrong, or does not divide into {config.n_head} heads")
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # tokens
         self.wpe = nn.Embedding(config.block_size, config.n_embd)  # positions
@@ -498,7 +497,7 @@ class TrainConfig:
     block_size: int | None = None  # tokens in a sequence; None: our GPT's own block_size
     accumulate: int = 1  # parts that a batch is taken in, one after the other, to save memory
     lr: float = 1e-3  # peak learning rate, reached after the warm-up
-    warmup: float = 0.05  # share of the steps over which the learning rate rises from 0
+    warmup: float = 0.05  # share of the steps over which the learning rate rises to lr
     final_lr: float = 0.1  # share of lr that the cosine ends on
     weight_decay: float = 0.1  # on matrices and embeddings, not on biases and norms
     betas: tuple = (0.9, 0.95)  # AdamW's running averages of gradient and squared gradient
@@ -638,9 +637,9 @@ def bits_per_byte(nats_per_token, tokens, bytes):
 # ------ 5. Packing --------------------------------------------------------------------------------
 # The paper promises 16 times less memory than FP32 and a product without multiplications. A code
 # takes the two lowest bits of its two's complement, 0 = 00, +1 = 01, -1 = 11: the low bit says "not
-# zero", the high one "negative". A row takes K = ceil(in / 4) bytes, its first code in the lowest
-# bits of the first one. Where the rows are a multiple of 64 and K one of 4, 64 rows stand side by
-# side: the first 4 bytes of each of them, then the next 4, so that one read serves many outputs.
+# zero", the high one "negative". A row takes K = ceil(in / 4) bytes, code 4k + j in bits 2j and
+# 2j + 1 of byte k. Where the rows are a multiple of 64 and K one of 4, 64 rows stand side by side:
+# the first 4 bytes of each of them, then the next 4, so that one read serves many outputs.
 
 def pack_ternary(codes):
     """codes: int8 (out, in) in {-1, 0, +1} -> uint8 (out, ceil(in / 4)).
@@ -676,7 +675,7 @@ def ternary_matmul(x, packed, scale, bias=None):
     """x @ (scale · codes).T + bias from the packed bytes; activations stay floating-point (W2A16).
     x: (..., in), any float dtype; packed: uint8 (out, ceil(in / 4)); scale: float32, (1, 1) or
     (out, 1); bias: (out,) or None. Returns (..., out) in x's dtype, accumulated in float32.
-    ValueError: another width. For one row of x, reading the weights dominates the time: C (section
+    ValueError: other shapes. For one row of x, reading the weights dominates the time: C (section
     6) adds and subtracts. For many rows, and where C is not to be had, the dense product of a few
     unpacked outputs at a time is faster, though it multiplies by -1, 0 and 1."""
     (out, K), width = packed.shape, x.shape[-1]
@@ -715,7 +714,7 @@ class HalfHead(nn.Module):
         self.weight = weight  # float16 (V, C)
 
     def forward(self, x):  # (..., C) -> (..., V) float32
-        if (y := _product_in_c(x, self.weight)) is not None:
+        if (y := _product_in_c(x.float(), self.weight)) is not None:
             return y
         return torch.cat([x.float() @ part.float().t() for part in self.weight.split(4096)], dim=-1)
 
@@ -771,7 +770,7 @@ def _stored(model):
 def load_model(path, into=None):
     """Reads what save_model wrote, onto the CPU, in eval mode, with nothing to train. into: the
     module to fill in place, full-precision or quantized, for models that are not our GPT. Our GPT
-    keeps its embeddings in float16; other models get them in the dtype they have.
+    has its embeddings in float16; `into` gets them in the dtype it has.
     CheckpointError: truncated, altered, foreign, or of a model with other layers."""
     content = read_file(path)
     if (form := content.get("format") if isinstance(content, dict) else None) != PACKED_FORMAT:
@@ -913,21 +912,21 @@ class _LeanLoss(torch.autograd.Function):
         return *(x * grad_loss for x in ctx.gradients), *[None] * 6
 
 
-# The product in C looks sums up. Two codes make an index below 16, and select one of the 16 sums
-# that two activations can give: 0, x_0, -x_0, x_1, x_0 + x_1, ... A register of 512 bits holds all,
+# The product in C looks sums up. Two codes make an index below 16, into a table of sums that two
+# activations can give: 0, x_0, (unused), -x_0, x_1, x_0 + x_1, ... A register of 512 bits holds it,
 # and one instruction selects for 16 rows at once. A narrower register holds what a single
 # activation gives, 0, x, 0, -x over and over; then the higher bits of an index change nothing.
 C_SOURCE = """
-#include <stdint.h>
-enum { W = __BIGGEST_ALIGNMENT__ / 4, CODES = W == 16 ? 2 : 1, R = 64 / W };
+enum { W = __BIGGEST_ALIGNMENT__ > 32 ? 16 : __BIGGEST_ALIGNMENT__ > 16 ? 8 : 4 };
+enum { CODES = W == 16 ? 2 : 1, R = 64 / W };    /* in an index; registers that hold 64 rows */
 typedef float floats __attribute__((vector_size(4 * W)));               /* a register */
-typedef uint32_t words __attribute__((vector_size(4 * W), aligned(1)));
+typedef unsigned words __attribute__((vector_size(4 * W), aligned(1)));
 static floats of_codes_0_to_3(float x) { return (floats){0, x, 0, -x}; }
-static float of_half(int16_t half) {      /* its bits at a float's places are 2^-112 of its value */
-    union { uint32_t bits; float value; } v = {(uint32_t)half << 13 & 0x8fffe000};
+static float of_half(short half) {      /* its bits at a float's places are 2^-112 of its value */
+    union { unsigned bits; float value; } v = {(unsigned)half << 13 & 0x8fffe000};
     return v.value * 0x1p112f;
 }
-void half_product(const float *x, const int16_t *w, float *y, long out, long in) {
+void half_product(const float *x, const short *w, float *y, long out, long in) {
     #pragma omp parallel for
     for (long r = 0; r < out; r++) {
         float sum = 0;
@@ -983,13 +982,14 @@ def c_library():
 
 def _product_in_c(x, weight, scale=None, bias=None):
     """x (..., in) times packed weights, or a float16 weight where there is no scale; (..., out) in
-    x's dtype. None: not in C, which takes one row, on a CPU, rows side by side, no gradient."""
+    x's dtype. None: not in C, which takes one row of x, packed rows side by side, no gradient."""
     (out, n), width = weight.shape, x.shape[-1]
-    side_by_side = _side_by_side(out, n) == (64, 4) and width == 4 * n
-    fits = weight.dtype == torch.float16 if scale is None else side_by_side
-    fits = fits and x.numel() == width and x.device.type == "cpu" and not x.requires_grad
-    if not fits or c_library() is None:
+    halves = weight.dtype == torch.float16 and width == n
+    fits = halves if scale is None else _side_by_side(out, n) == (64, 4) and width == 4 * n
+    cpu = x.device.type == weight.device.type == "cpu" and not x.requires_grad
+    if not (fits and cpu and x.numel() == width < 2**15 and c_library()):  # sums go on the stack
         return None
+    bias = bias if bias is None else bias.expand(out)
     y, weight = x.new_empty(*x.shape[:-1], out, dtype=torch.float32), weight.contiguous()
     row, scale, bias = (None if t is None else t.float().contiguous() for t in (x, scale, bias))
     pointers = [None if t is None else t.data_ptr() for t in (row, weight, y, scale, bias)]
