@@ -689,8 +689,10 @@ def test_generate_restores_the_mode_and_refuses_what_does_not_fit():
         model.generate(micro_ids(T=4), 5)
     with pytest.raises(ValueError, match="a prompt of 0 tokens"):
         model.generate(micro_ids(T=0), 1)
-    for setting in ({"temperature": -1}, {"top_k": 0}):
-        with pytest.raises(ValueError, match="temperature -1|top_k 0"):
+    with pytest.raises(ValueError, match="-1 new ones"):
+        model.generate(micro_ids(T=2), -1)
+    for setting in ({"temperature": -1}, {"temperature": math.nan}, {"top_k": 0}):
+        with pytest.raises(ValueError, match="temperature -1|temperature nan|top_k 0"):
             model.generate(micro_ids(T=2), 1, **setting)
     columns, ids = [], micro_ids(T=2)
     whole = model.generate(ids, 5, temperature=0, on_token=columns.append)
@@ -1574,6 +1576,11 @@ def mutations():
             *(torch.zeros(12).to_sparse(), torch.zeros(48, 3).t(), torch.zeros(1, 1, 1)),
         ):
             yield f"{tensor} = {str(value)[:30]}", put("tensors", tensor), value
+    def claim(content, positions):  # which the file does not hold: they are one, repeated
+        content["kind"]["block_size"] = positions
+        content["tensors"]["wpe.weight"] = torch.zeros(1, 12).half().expand(positions, 12)
+
+    yield "positions that are not there", claim, 10**6
     yield "another tensor", put("tensors", "extra"), torch.zeros(3)
     yield "kind.extra", put("kind", "extra"), 1
 
