@@ -1581,6 +1581,9 @@ def mutations():
         content["tensors"]["wpe.weight"] = torch.zeros(1, 12).half().expand(positions, 12)
 
     yield "positions that are not there", claim, 10**6
+    for name in ("wte.weight", "h.0.ln_1.weight", "h.1.mlp.c_proj.scale", "h.1.mlp.c_proj.bias"):
+        for value in (math.nan, math.inf):
+            yield f"{name} = {value}", lambda c, v, n=name: c["tensors"][n].fill_(v), value
     yield "another tensor", put("tensors", "extra"), torch.zeros(3)
     yield "kind.extra", put("kind", "extra"), 1
 

@@ -40,8 +40,7 @@ The whole method, from a teacher to a packed student (run it in a folder of your
     ids = tsld.load_model("student.packed").generate(tokens[None, :9], max_new_tokens=40)
     print(bytes(ids[0].tolist()).decode(errors="replace"))
 
-The student starts as a copy of its teacher: the trained weights are the best guess at hand, and all
-that is left to learn is how to live with the rounding.
+The student starts as a copy of its teacher: what is left to learn is to live with the rounding.
 Contents: 1. Losses. 2. Quantizers. 3. GPT. 4. Training. 5. Packing. 6. The same at less cost: a
 loss without (B, T, V) logits, the product in C; skipping it loses nothing of the method.
 Losses are in nats unless a name says bits. Tensors keep their device and dtype unless a docstring
@@ -801,8 +800,9 @@ def load_model(path, into=None):
         for name in sorted(expected.keys() | tensors.keys()):
             if found.get(name) != expected.get(name):
                 raise ValueError(f"{name} is {found.get(name)}, not {expected.get(name)}")
-        if sum(tensor.nbytes for tensor in tensors.values()) > os.path.getsize(path):
-            raise ValueError("its tensors claim to be larger than the file")
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        if size > os.path.getsize(path) or not all(t.isfinite().all() for t in tensors.values()):
+            raise ValueError("its tensors are larger than the file, or not finite")
     for name, layer in packed.items():
         model.set_submodule(name, layer)
     model.load_state_dict(tensors, strict=False, assign=into is None)  # not strict: tied ones once
