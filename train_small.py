@@ -379,7 +379,8 @@ def load_checkpoint(path, identity, model, optimizer):
         raise tsld.CheckpointError(f"{path} is of another run: {other}")
     with tsld.refusing(path, "is no checkpoint of this program"):
         weights = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
-        kept = lambda: [{**g, "params": 0, "lr": 0, "betas": 0} for g in optimizer.param_groups]
+        groups = lambda: optimizer.param_groups
+        kept = lambda: [{**g, "params": 0, "lr": 0, "betas": [*g["betas"]]} for g in groups()]
         before = kept()
         # torch takes an empty one for nothing to do, and does not look at an average's shape.
         if not all(weights.values()) or not 0 < step <= identity["steps"] or not 0 <= seconds < 1e9:
