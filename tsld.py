@@ -792,8 +792,8 @@ def load_model(path, into=None):
                 out, width = width, out
             parts = [tensors.get(f"{name}.{part}") for part in ("packed", "scale", "bias")]
             packed[name] = PackedLinear(width, *parts)
-            found = "channel" if len(parts[1]) > 1 else "tensor"
-            scales = out if getattr(module, "granularity", found) == "channel" else 1
+            stored = "channel" if len(parts[1]) > 1 else "tensor"
+            scales = out if getattr(module, "granularity", stored) == "channel" else 1
             expected[f"{name}.packed"] = (out, math.ceil(width / 4)), torch.uint8
             expected[f"{name}.scale"] = (scales, 1), torch.float32
         found = {n: (tuple(t.shape), t.dtype) for n, t in tensors.items() if t.device.type == "cpu"}
