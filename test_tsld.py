@@ -19,8 +19,10 @@ brute force, or another library.
 import collections
 import concurrent.futures
 import copy
+import functools
 import hashlib
 import importlib.util
+import io
 import json
 import math
 import os
@@ -30,6 +32,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 import zipfile
 from dataclasses import replace
@@ -135,6 +138,34 @@ def test_terms_are_float32_whatever_the_logits_were(dtype):
     np.testing.assert_allclose(
         torch.stack(terms[:3]), terms64(student, teacher, targets), rtol=2e-6, atol=2e-6
     )
+
+
+SHAPES_THAT_DO_NOT_FIT = [  # of student, teacher and targets; many of them would broadcast
+    *[((2, 3), (2, 3), (2, 2)), ((2, 3), (2, 3), (1, 3)), ((2, 3), (1, 3), (2, 3))],
+    *[((1, 3), (2, 3), (2, 3)), ((2, 3), (2, 4), (2, 3)), ((2, 4), (2, 4), (2, 3))],
+    ((3, 2), (3, 2), (2, 3)),
+]
+
+
+@pytest.mark.parametrize("shapes", SHAPES_THAT_DO_NOT_FIT)
+def test_logits_of_other_tokens_than_the_targets_are_refused(shapes):
+    student, teacher, targets = (torch.zeros(shape, dtype=torch.long) for shape in shapes)
+    logits = (F.one_hot(ids, 5).float() for ids in (student, teacher))
+    with pytest.raises(ValueError, match="not of targets"):
+        tsld.per_token_terms(*logits, targets)
+
+
+@pytest.mark.parametrize("shapes", SHAPES_THAT_DO_NOT_FIT)
+@pytest.mark.parametrize("name", ["gt", "logit"])
+def test_hidden_states_of_other_tokens_than_the_targets_are_refused(name, shapes):
+    student, teacher, targets = (torch.zeros(shape, dtype=torch.long) for shape in shapes)
+    student, teacher = (F.one_hot(ids, 5).float() for ids in (student, teacher))
+    if name == "gt":
+        teacher = None
+    if student.shape[:2] == targets.shape and teacher is None:
+        return
+    with pytest.raises(ValueError, match="not of targets"):
+        tsld.lean_loss(name, student, torch.eye(5), teacher, torch.eye(5), targets)
 
 
 def test_terms_stay_finite_for_logits_of_any_size():
@@ -1046,7 +1077,7 @@ def test_what_training_lacks_is_refused_by_name():
             replace(BRIEF, batch_size=6, accumulate=4),
             TEXT,
             micro_gpt(),
-            "1 processes times 4 parts",
+            "batch_size 6 does not divide by 1 · accumulate",
         ),
     ):
         with pytest.raises(ValueError, match=words):
@@ -1330,17 +1361,6 @@ def test_the_float16_head_is_the_product_with_its_weight(shape, product):
         assert head(x).dtype == torch.float32 and ((head(x) - exact).abs() <= 1e-6 * bound).all()
 
 
-C_CALL = """
-import sys, torch, tsld
-torch.set_num_threads(1)
-codes = torch.randint(-1, 2, (64, 32), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
-x = torch.arange(32.0)
-y = tsld.ternary_matmul(x, tsld.pack_ternary(codes), torch.ones(1, 1))
-assert torch.equal(y, codes.float() @ x)
-print(tsld.c_library() is not None)
-"""
-
-
 @pytest.mark.parametrize("processor", ["x86-64", "x86-64-v3", "native"])
 def test_the_product_in_c_is_right_with_registers_of_every_width(processor, tmp_path, monkeypatch):
     if not tsld.c_library() or platform.machine() != "x86_64":
@@ -1366,21 +1386,24 @@ def test_the_product_in_c_is_right_with_registers_of_every_width(processor, tmp_
 
 
 @pytest.mark.parametrize("compiler", ["cc", "/nowhere/cc", "false", "no folder"])
-def test_without_a_compiler_that_works_the_product_is_torchs_and_one_line_says_so(compiler):
+def test_without_a_compiler_that_works_the_product_is_torchs_and_one_line_says_so(
+    compiler, monkeypatch, capsys
+):
     if compiler == "cc" and not tsld.c_library():
         pytest.skip("there is no C compiler")
-    code, env = C_CALL, {"CC": compiler}
     if compiler == "no folder":  # that a temporary file could be written to
-        code, env = f"import tempfile; tempfile.tempdir = '/proc/nowhere'\n{C_CALL}", {}
-    run = subprocess.run(
-        [sys.executable, "-c", code], cwd=HERE, env=os.environ | env, capture_output=True
-    )
-    assert run.returncode == 0, run.stderr.decode()
+        monkeypatch.setattr(tempfile, "tempdir", "/proc/nowhere")
+    else:
+        monkeypatch.setenv("CC", compiler)
+    monkeypatch.setattr(tsld, "c_library", functools.cache(tsld.c_library.__wrapped__))
+    x, codes = randn(1, 96), random_codes(64, 96)
+    for _ in range(2):
+        y = tsld.ternary_matmul(x, tsld.pack_ternary(codes), torch.ones(1, 1))
+        torch.testing.assert_close(y, x @ codes.float().t(), rtol=1e-5, atol=1e-5)
     works = compiler == "cc"
-    assert run.stdout.decode().strip() == str(works)
-    assert (
-        run.stderr.decode().count("tsld: no C (") == run.stderr.count(b"\n") == (0 if works else 1)
-    )
+    assert (tsld.c_library() is not None) == works
+    printed = capsys.readouterr().err
+    assert printed.count("tsld: no C (") == printed.count("\n") == (0 if works else 1)
 
 
 FORK = """
@@ -1576,6 +1599,7 @@ def mutations():
             *(torch.zeros(12).to_sparse(), torch.zeros(48, 3).t(), torch.zeros(1, 1, 1)),
         ):
             yield f"{tensor} = {str(value)[:30]}", put("tensors", tensor), value
+
     def claim(content, positions):  # which the file does not hold: they are one, repeated
         content["kind"]["block_size"] = positions
         content["tensors"]["wpe.weight"] = torch.zeros(1, 12).half().expand(positions, 12)
@@ -1584,6 +1608,19 @@ def mutations():
     for name in ("wte.weight", "h.0.ln_1.weight", "h.1.mlp.c_proj.scale", "h.1.mlp.c_proj.bias"):
         for value in (math.nan, math.inf):
             yield f"{name} = {value}", lambda c, v, n=name: c["tensors"][n].fill_(v), value
+    for value in (math.nan, -0.1, 1.5, "x", None):
+        yield f"dropout = {value}", put("kind", "dropout"), value
+
+    def pack_an_embedding(content, name):  # of which there is no packed form
+        content["layers"].append(name)
+        shape = content["tensors"].pop(f"{name}.weight").shape
+        content["tensors"][f"{name}.packed"] = torch.zeros(shape[0], 3).byte()
+        content["tensors"][f"{name}.scale"] = torch.ones(1, 1)
+
+    for name in ("wpe", "wte"):
+        yield f"{name} among the layers", pack_an_embedding, name
+    for name in ("h.0.attn.c_attn", "h.1.mlp.c_proj"):
+        yield f"{name}: code 10", lambda c, v: c["tensors"][f"{v}.packed"].fill_(0b10), name
     yield "another tensor", put("tensors", "extra"), torch.zeros(3)
     yield "kind.extra", put("kind", "extra"), 1
 
@@ -2190,13 +2227,16 @@ def test_memory_on_paper_is_that_of_a_real_file_and_of_a_measured_step(tmp_path)
     if not bench.peak_memory():
         pytest.skip("this system does not say how much memory a process had")
     # Two steps that differ in depth and batch: their difference is free of what torch itself takes.
-    measured, paper = [], []
-    for layers, batch in ((2, 4), (10, 16)):
-        row = (layers, 256, 4, 8192, batch, 128), ("tsld", "float32")
-        measured.append(bench.in_new_process("training_memory", *row))
-        shape = bench.Shape(layers, 256, 1024, 8192, 128)
+    sizes = (2, 4), (8, 16)
+    shapes = [(layers, 256, 4, 4096, batch, 128) for layers, batch in sizes]
+    steps = f"[bench.training_memory(shape, ('tsld', 'float32')) for shape in {shapes}]"
+    code = f"import torch; torch.set_num_threads(2); from data.evidence import bench; {steps}"
+    small, large = map(int, subprocess.check_output([sys.executable, "-c", code], cwd=HERE).split())
+    paper = []
+    for layers, batch in sizes:
+        shape = bench.Shape(layers, 256, 1024, 4096, 128)
         paper.append(bench.memory_on_paper(shape, batch, 128, "float32")["training"])
-    assert measured[1] - measured[0] == pytest.approx(paper[1] - paper[0], rel=0.2)
+    assert large - small == pytest.approx(paper[1] - paper[0], rel=0.2)
 
 
 def test_a_gguf_file_holds_the_ternary_matrices_in_two_bits(tmp_path):
@@ -2782,31 +2822,44 @@ def has_loopback():
         return False
 
 
-def run_together(tmp_path, flags, program="together.py", **environment):
-    """Two processes; returns what they printed."""
+def run_together(tmp_path, flags, program="together.py", torchrun=False, **environment):
+    """Two processes, started by torchrun or, which is faster, as it starts them; returns the first
+    one, with what it printed."""
     (tmp_path / "together.py").write_text(TOGETHER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = {"STOP_AT": "never", **environment}
     environment |= {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
-    command += [tmp_path / program, *map(str, flags)]
-    return subprocess.run(command, capture_output=True, env=environment, timeout=120, text=True)
+    program = [tmp_path / program, *map(str, flags)]
+    if torchrun:
+        command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *program]
+        run = [sys.executable, *command]
+        return subprocess.run(run, capture_output=True, env=environment, timeout=120, text=True)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1])}
+    environment |= {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": "2"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    both = [
+        subprocess.Popen([sys.executable, *program], env=environment | {"RANK": rank}, **pipes)
+        for rank in "01"
+    ]
+    printed = [process.communicate(timeout=120) for process in both]
+    return subprocess.CompletedProcess(program, both[0].returncode, *printed[0])
 
 
 MEMORY_OF_TWO = """
-import os, sys
 import torch, train_small, tsld
 from data.evidence import bench
 torch.set_num_threads(1)
 torch.distributed.init_process_group("gloo")
-layers, batch, device = int(sys.argv[1]), int(sys.argv[2]), torch.device("cpu")
-teacher = tsld.GPT(tsld.GPTConfig(128, 2048, layers, 4, 128))
-student = train_small.spread(tsld.quantize_model(tsld.GPT(teacher.config)), device)
-teacher = train_small.spread(teacher, device)
-text = torch.arange(10_000) % 2048
-for _ in tsld.train(student, text, tsld.TrainConfig(steps=2, batch_size=batch), teacher):
-    pass
-if torch.distributed.get_rank() == 0:
-    print(bench.peak_memory())
+device, text = torch.device("cpu"), torch.arange(10_000) % 2048
+for layers, batch in ((2, 4), (12, 16)):
+    teacher = tsld.GPT(tsld.GPTConfig(128, 2048, layers, 4, 128))
+    student = train_small.spread(tsld.quantize_model(tsld.GPT(teacher.config)), device)
+    teacher = train_small.spread(teacher, device)
+    for _ in tsld.train(student, text, tsld.TrainConfig(steps=2, batch_size=batch), teacher):
+        pass
+    if torch.distributed.get_rank() == 0:
+        print(bench.peak_memory())
+    del teacher, student
 """
 
 
@@ -2815,21 +2868,20 @@ def test_memory_on_paper_of_two_gpus_is_that_of_two_processes(tmp_path):
     if not bench.peak_memory():
         pytest.skip("this system does not say how much memory a process had")
     (tmp_path / "memory.py").write_text(MEMORY_OF_TWO)
-    measured, paper = [], []
     # Without it glibc keeps much of what is freed, in pieces too small to be used again.
-    returned = {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    for layers, batch in ((2, 4), (16, 16)):  # their difference is free of what torch itself takes
-        together = run_together(tmp_path, [layers, batch], "memory.py", **returned)
-        measured.append(int(together.stdout))
+    together = run_together(tmp_path, [], "memory.py", MALLOC_MMAP_THRESHOLD_="65536")
+    small, large = map(int, together.stdout.split())  # their difference is free of torch's own
+    paper = []
+    for layers, batch in ((2, 4), (12, 16)):
         shape = bench.Shape(layers, 128, 512, 2048, 128)
         paper.append(bench.memory_on_paper(shape, batch, 128, "float32", gpus=2)["training"])
-    assert measured[1] - measured[0] == pytest.approx(paper[1] - paper[0], rel=0.15)
+    assert large - small == pytest.approx(paper[1] - paper[0], rel=0.15)
 
 
 @pytest.mark.skipif(not has_loopback(), reason="no loopback network")
 def test_two_processes_that_share_the_weights_train_and_score_as_one(tiny, capsys, tmp_path):
     flags = ["--loss", "all", "--dtype", "float32", *tiny]
-    together = run_together(tmp_path, flags)
+    together = run_together(tmp_path, flags, torchrun=True)
     assert together.returncode == 0, together.stderr
     assert together.stdout.count("corpus: ") == 1  # the first process alone prints
     run([*flags[:-3], str(tmp_path / "alone"), "--device", "cpu"], capsys)
@@ -3398,11 +3450,14 @@ def test_too_little_memory_is_one_line(tiny, capsys):
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
-def test_a_terminal_without_greek_letters_gets_the_help(encoding):
-    command = [sys.executable, "train_small.py", "--help"]
-    environment = os.environ | {"PYTHONIOENCODING": encoding, "COLUMNS": "100"}
-    shown = subprocess.check_output(command, cwd=HERE, env=environment).decode(encoding)
-    assert "? of the token scale" in shown
+def test_a_terminal_without_greek_letters_gets_the_help(encoding, monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit, match="0"):
+        train_small.main(["--help"])
+    terminal.flush()
+    assert "? of the token scale" in terminal.buffer.getvalue().decode(encoding)
 
 
 def flag_values(rng):

@@ -96,11 +96,13 @@ class Terms(NamedTuple):
 
 def per_token_terms(student_logits, teacher_logits, targets):
     """Terms from logits (B, T, V) of any float dtype, or from objects with .logits; targets: int64
-    (B, T). No gradient flows into the teacher. kd is a cross-entropy. It differs from KL(P^T ‖ P^S)
-    by the teacher's entropy, which no student changes, so both have the same gradient."""
+    (B, T). No gradient flows into the teacher. kd is a cross-entropy, KL(P^T ‖ P^S) plus the
+    teacher's entropy, which no student changes: their gradients agree. ValueError: the shapes."""
     logits = (getattr(z, "logits", z).float() for z in (student_logits, teacher_logits))
     log_p_student, log_p_teacher = (z.log_softmax(-1) for z in logits)  # each (B, T, V)
     log_p_teacher = log_p_teacher.detach()
+    if {z.shape[:-1] for z in (log_p_student, log_p_teacher)} != {targets.shape}:
+        raise ValueError(f"the logits are not of targets of shape {tuple(targets.shape)}")
     true = targets[..., None]  # (B, T, 1)
     ce_student = -log_p_student.gather(-1, true).squeeze(-1)
     ce_teacher = -log_p_teacher.gather(-1, true).squeeze(-1)
@@ -158,8 +160,7 @@ def layer_to_layer_loss(student_trace, teacher_trace):
 
 
 def distillation_loss(name, terms, temperature=10.0, gt_weight=0.0):
-    """One of LOSSES, a row of the paper's table 1, as a float32 scalar. temperature and gt_weight
-    matter to "tsld" alone. ValueError: an unknown name."""
+    """One of LOSSES, a row of the paper's table 1: a float32 scalar. ValueError: another name."""
     if name not in LOSSES:
         raise ValueError(f"loss must be one of {', '.join(LOSSES)}, not {name!r}")
     if name == "tsld":
@@ -362,9 +363,10 @@ class GPT(nn.Module):
     """GPT-2. model(ids) gives logits (B, T, V), model(ids, trace=True) a Trace. ids: (B, T)."""
     def __init__(self, config):
         super().__init__()
-        sizes = astuple(config)[:5]
-        if any(type(n) is not int or n < 1 for n in sizes) or config.n_embd % config.n_head:
-            raise ValueError(f"{sizes}: wrong, or does not divide into {config.n_head} heads")
+        *sizes, dropout = astuple(config)
+        wrong = any(type(n) is not int or n < 1 for n in sizes) or not 0 <= dropout < 1
+        if wrong or config.n_embd % config.n_head:
+            raise ValueError(f"{config} is wrong, or does not divide into {config.n_head} heads")
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # tokens
         self.wpe = nn.Embedding(config.block_size, config.n_embd)  # positions
@@ -484,7 +486,6 @@ def _flipped(name, tensor):
 
 # ------ 4. Training -------------------------------------------------------------------------------
 
-
 @dataclass
 class TrainConfig:
     """One training run. temperature and gt_weight matter to "tsld" alone."""
@@ -536,34 +537,32 @@ def training_loss(student, teacher, ids, targets, config, lean=False):
     """config.loss of one batch, ids and targets (B, T): both models forward, the terms, the loss.
     The models are our GPTs, or causal language models of transformers. lean: the same value from
     lean_loss (section 6), for models with hidden(ids) and lm_head, and every loss but "l2l"."""
-    setting = config.temperature, config.gt_weight
+    loss, *setting = config.loss, config.temperature, config.gt_weight
     if lean:
         with torch.no_grad():
-            gt = config.loss == "gt"
-            known = (None, None) if gt else (teacher.hidden(ids), teacher.lm_head.weight)
+            known = (None, None) if loss == "gt" else (teacher.hidden(ids), teacher.lm_head.weight)
         ours = student.hidden(ids), student.lm_head.weight
-        return lean_loss(config.loss, *ours, *known, targets, *setting)
+        return lean_loss(loss, *ours, *known, targets, *setting)
     ask = {}
-    if config.loss == "l2l":
+    if loss == "l2l":
         ours = isinstance(student, GPT)
         ask = {"trace": True} if ours else {"output_hidden_states": True, "output_attentions": True}
     output = student(ids, **ask)
     with torch.no_grad():
-        known = output if config.loss == "gt" else teacher(ids, **ask)  # "gt" ignores it
+        known = output if loss == "gt" else teacher(ids, **ask)  # "gt" ignores it
     terms = per_token_terms(output, known, targets)
-    if config.loss == "l2l":
+    if loss == "l2l":
         terms = terms._replace(layers=layer_to_layer_loss(output, known))
-    return distillation_loss(config.loss, terms, *setting)
+    return distillation_loss(loss, terms, *setting)
 
 
 def train(student, tokens, config, teacher=None, optimizer=None, start=0):
     """Trains `student` in place on random pieces of `tokens`, an int64 CPU tensor (n,), and yields
     (step, loss) after each step: 1-based, in nats. The loss "gt" needs no teacher.
     student, teacher: GPTs, or causal language models of transformers, which need config.block_size.
-    optimizer, start: resume after `start` steps; the result equals that of an uninterrupted run.
-    Processes whose models are spread over them (fully_shard) take their shares of every batch.
-    ValueError, at the first step: something is missing, or does not fit. TrainingDiverged: a NaN or
-    infinite loss or gradient, before it reaches the weights."""
+    optimizer, start: go on after `start` steps, to the result of an uninterrupted run. Processes
+    whose models are spread over them (fully_shard) share every batch. ValueError, at the first
+    step: what does not fit. TrainingDiverged: NaN or infinity, before it reaches the weights."""
     device = next(student.parameters()).device
     block_size = config.block_size or getattr(student.config, "block_size", None)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -572,8 +571,7 @@ def train(student, tokens, config, teacher=None, optimizer=None, start=0):
     if teacher is None and config.loss != "gt":
         raise ValueError(f"the loss {config.loss!r} needs a teacher")
     if config.batch_size % (world * config.accumulate):
-        shares = f"{world} processes times {config.accumulate} parts"
-        raise ValueError(f"a batch of {config.batch_size} sequences does not divide into {shares}")
+        raise ValueError(f"batch_size {config.batch_size} does not divide by {world} · accumulate")
     optimizer, dtype = optimizer or make_optimizer(student, config), getattr(torch, config.dtype)
     lean = config.loss != "l2l" and all(hasattr(m, "hidden") for m in (student, teacher or student))
     if teacher is not None:
@@ -767,10 +765,9 @@ def _stored(model):
 
 
 def load_model(path, into=None):
-    """Reads what save_model wrote, onto the CPU, in eval mode, with nothing to train. into: the
-    module to fill in place, full-precision or quantized, for models that are not our GPT. Our GPT
-    has its embeddings in float16; `into` gets them in the dtype it has.
-    CheckpointError: truncated, altered, foreign, or of a model with other layers."""
+    """Reads what save_model wrote, onto the CPU, in eval mode, nothing to train. into: the module
+    to fill, full-precision or quantized, if it is not our GPT. Our GPT keeps its embeddings in
+    float16, `into` its own dtype. CheckpointError: truncated, altered, foreign, another model's."""
     content = read_file(path)
     if (form := content.get("format") if isinstance(content, dict) else None) != PACKED_FORMAT:
         raise CheckpointError(f"{path} is not a packed model: {form} is not {PACKED_FORMAT}")
@@ -787,22 +784,23 @@ def load_model(path, into=None):
             if isinstance(module, QuantLinear) and (name not in layers or module.bits != 2):
                 raise ValueError(f"{name} is not ternary in both")
         for name in layers:
-            module, (out, width) = model.get_submodule(name), expected.pop(f"{name}.weight")[0]
-            if is_conv1d(module):
-                out, width = width, out
+            old, _ = model.get_submodule(name), expected.pop(f"{name}.weight")
+            out, width = (old.nf, old.nx) if is_conv1d(old) else (old.out_features, old.in_features)
             parts = [tensors.get(f"{name}.{part}") for part in ("packed", "scale", "bias")]
             packed[name] = PackedLinear(width, *parts)
             stored = "channel" if len(parts[1]) > 1 else "tensor"
-            scales = out if getattr(module, "granularity", stored) == "channel" else 1
+            scales = out if getattr(old, "granularity", stored) == "channel" else 1
             expected[f"{name}.packed"] = (out, math.ceil(width / 4)), torch.uint8
             expected[f"{name}.scale"] = (scales, 1), torch.float32
         found = {n: (tuple(t.shape), t.dtype) for n, t in tensors.items() if t.device.type == "cpu"}
         for name in sorted(expected.keys() | tensors.keys()):
             if found.get(name) != expected.get(name):
                 raise ValueError(f"{name} is {found.get(name)}, not {expected.get(name)}")
-        size = sum(tensor.nbytes for tensor in tensors.values())
-        if size > os.path.getsize(path) or not all(t.isfinite().all() for t in tensors.values()):
-            raise ValueError("its tensors are larger than the file, or not finite")
+        if sum(t.nbytes for t in tensors.values()) > os.path.getsize(path):
+            raise ValueError("its tensors are larger than the file")
+        unused = any((p.packed >> 1 & ~p.packed & 0x55).any() for p in packed.values())  # code 10
+        if unused or not all(t.isfinite().all() for t in tensors.values()):
+            raise ValueError("its tensors are not finite, or hold another code than -1, 0 and +1")
     for name, layer in packed.items():
         model.set_submodule(name, layer)
     model.load_state_dict(tensors, strict=False, assign=into is None)  # not strict: tied ones once
@@ -842,11 +840,13 @@ def lean_loss(name, student_hidden, student_head, teacher_hidden, teacher_head, 
     """distillation_loss(name, per_token_terms(...)) of logits = hidden @ head.T, a float32 scalar,
     without the (B, T, V) logits. "l2l" looks between the layers, and is not among them. hidden:
     (B, T, C), after the final norm; head: (V, C); targets: int64 (B, T). The teacher's may be None
-    for "gt"; no gradient flows into them. ValueError: another name, or no teacher."""
+    for "gt"; no gradient flows into them. ValueError: another name or shape, or no teacher."""
     if name not in LOSSES or name == "l2l":
         raise ValueError(f"lean_loss takes {', '.join(LOSSES)} but l2l, not {name!r}")
     if teacher_hidden is None and name != "gt":
         raise ValueError(f"the loss {name!r} needs a teacher")
+    if {x.shape[:-1] for x in (student_hidden, teacher_hidden) if x is not None} != {targets.shape}:
+        raise ValueError(f"the hidden states are not of targets of shape {tuple(targets.shape)}")
     models = student_hidden, student_head, teacher_hidden, teacher_head
     return _LeanLoss.apply(*models, targets, name, temperature, gt_weight)
 
