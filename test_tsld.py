@@ -2543,6 +2543,149 @@ def test_a_tasks_files_become_prompts_choices_and_answers(name, tmp_path, monkey
         tasks.load_task(name)
 
 
+@pytest.fixture
+def small_vocabulary():
+    return train_small.load_tokenizer("bpe2048")
+
+
+QUESTIONS = [  # of 2, 3 and 5 choices, one of them a beginning of another, and one beyond ASCII
+    tasks.Example("The cat sat.\nQuestion: Yes or no?\nAnswer:", ("no", "yes"), 1),
+    tasks.Example("Question: Why?\nAnswer:", ("because", "because it rained", "ünïcödé"), 2),
+    tasks.Example("It is long", ("a", "b", "c", "d d d d", "e"), 0),
+    tasks.Example("The cat sat.\nQuestion: Yes or no?\nAnswer:", ("no", "yes"), 0),
+]
+
+
+def task_model(block_size=64, seed=0):
+    """Whose logits are large: choices differ clearly."""
+    return micro_gpt(seed, block_size=block_size, vocab_size=2048)
+
+
+def nats_of_choice(model, tokenizer, prompt, choice, block_size):
+    """-log P of the choice's tokens, by one pass for each, float64; their number."""
+    ids = tokenizer.encode_ordinary(f"{prompt} {choice}")
+    first, nats = len(tokenizer.encode_ordinary(prompt)), 0.0
+    ids, first = ids[-block_size - 1 :], first - max(0, len(ids) - block_size - 1)
+    for n in range(first, len(ids)):
+        logits = model(torch.tensor([ids[:n]]))[0, -1].detach()
+        nats -= math.log(softmax64(logits)[ids[n]])
+    return nats
+
+
+@pytest.mark.parametrize("block_size", [64, 16, 12])
+@pytest.mark.parametrize("kind", ["logits", "an object with .logits"])
+def test_a_tasks_scores_are_the_choices_log_likelihoods(kind, block_size, small_vocabulary):
+    model = task_model(block_size)
+    scored = model
+    if kind != "logits":
+        scored = nn.Module()
+        scored.inner = model
+        scored.forward = lambda ids: SimpleNamespace(logits=model(ids))
+    nats, right, cut, scores = tasks.evaluate_task(scored, small_vocabulary, QUESTIONS, block_size)
+    total, matches, per_byte, tokens, lengths = 0.0, 0, 0, [], []
+    for prompt, choices, answer in QUESTIONS:
+        costs = [nats_of_choice(model, small_vocabulary, prompt, c, block_size) for c in choices]
+        total += costs[answer]
+        matches += costs[answer] == min(costs)
+        ratios = [cost / len(text.encode()) for cost, text in zip(costs, choices)]
+        per_byte += ratios[answer] == min(ratios)
+        tokens += small_vocabulary.encode_ordinary(" " + choices[answer])
+        lengths.append(
+            max(len(small_vocabulary.encode_ordinary(f"{prompt} {text}")) for text in choices)
+        )
+    assert nats == pytest.approx(total, rel=1e-5)
+    assert sorted(right) == sorted(tokens)
+    assert cut == sum(length > block_size + 1 for length in lengths)
+    assert scores == {"accuracy": matches / 4, "acc_norm": per_byte / 4}
+
+
+def test_matthews_correlation_is_its_definition():
+    words = ["no", "yes", "the", "cat", "a", "dog", "ran", "sat", "long", "it", "rained"]
+    tokenizer = SimpleNamespace(encode_ordinary=lambda text: [*map(words.index, text.split())])
+    model, rng = micro_gpt(1), np.random.default_rng(0)
+    model.ln_f.bias.data.zero_()  # else one answer is always likelier
+    prompts = [" ".join(rng.choice(words[2:], size=4)) for _ in range(40)]
+    examples = [tasks.Example(p, ("no", "yes"), int(rng.integers(2))) for p in prompts]
+    *_, scores = tasks.evaluate_task(model, tokenizer, examples, 8)
+    table = np.zeros((2, 2))  # true, found
+    for prompt, choices, answer in examples:
+        costs = [nats_of_choice(model, tokenizer, prompt, choice, 8) for choice in choices]
+        table[answer, int(costs[1] < costs[0])] += 1
+    (tn, fp), (fn, tp) = table
+    product = (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)
+    assert product > 0
+    assert scores["mcc"] == pytest.approx((tp * tn - fp * fn) / math.sqrt(product))
+    assert scores["accuracy"] == pytest.approx((tp + tn) / 40)
+    all_yes = [example._replace(answer=1) for example in examples]
+    assert tasks.evaluate_task(model, tokenizer, all_yes, 8)[-1]["mcc"] == 0
+
+
+class Says(GPT):
+    """Continues every prompt with the text that stands in `says` for it, then with anything."""
+
+    def generate(self, ids, max_new_tokens, temperature=1.0):
+        assert temperature == 0
+        rows = []
+        for row in ids.tolist():
+            said = self.tokenizer.encode_ordinary(self.says[self.tokenizer.decode(row)])
+            rows.append([*row, *said, *[self.tokenizer.end_of_text, 4, 2] * 99][:max_new_tokens])
+        return torch.tensor([row + [7] * (max_new_tokens - len(row)) for row in rows])
+
+
+@pytest.mark.parametrize(
+    "said, right",
+    [
+        ("so 1,300.\n#### 1,234", True),
+        ("#### 1234.", True),
+        ("####1234\n#### 5", True),
+        ("#### 12345", False),
+        ("#### -1234", False),
+        ("1234", False),
+        ("#### 1234.5", False),
+        ("\0#### 1234", False),  # after the end of the text
+    ],
+)
+def test_a_free_answer_matches_where_its_number_is_the_answers(said, right, small_vocabulary):
+    model = Says(task_model(256).config)
+    model.tokenizer = small_vocabulary
+    prompts = ["Question: How many?\nAnswer:", "Question: What?\nAnswer:"]
+    model.says = dict(zip(prompts, [said, "none"]))
+    examples = [tasks.Example(prompt, ("It is 1,234.\n#### 1,234",), 0) for prompt in prompts]
+    *_, scores = tasks.evaluate_task(model, small_vocabulary, examples, 256)
+    assert scores == {"accuracy": right / 2}
+
+
+def test_free_answers_are_the_models_own_greedy_text(small_vocabulary, monkeypatch):
+    """No #### is ever written by this model: each token's number stands in for it."""
+    model, shown = task_model(32), []
+    prompts = ["the cat", "a dog", "it rained", "The quick brown fox jumps over the lazy dog"]
+    decode = lambda ids: f"#### {sum(ids)}"
+    spy = SimpleNamespace(
+        encode_ordinary=small_vocabulary.encode_ordinary, decode=decode, end_of_text=None
+    )
+    examples = []
+    for prompt in prompts:
+        ids = small_vocabulary.encode_ordinary(prompt)[-16:]
+        new = model.generate(torch.tensor([ids]), 16, temperature=0)[0, len(ids) :]
+        examples.append(tasks.Example(prompt, (decode(new.tolist()),), 0))
+    scores = tasks.evaluate_task(model, spy, examples, 32, shown.append)[-1]
+    assert scores == {"accuracy": 1.0} and any("answered" in line for line in shown)
+
+
+def test_an_answer_that_no_block_can_hold_is_refused(small_vocabulary):
+    with pytest.raises(texts.UserError, match="because it rained.* a block 2"):
+        tasks.evaluate_task(task_model(), small_vocabulary, QUESTIONS[1:2], 2)
+
+
+def test_a_task_is_trained_on_as_prompts_with_their_right_answers_and_the_end_after_each(
+    small_vocabulary,
+):
+    ids = tasks.training_text(small_vocabulary, QUESTIONS[:2])
+    first, second, rest = small_vocabulary.decode(ids).split("\0")
+    assert first == "The cat sat.\nQuestion: Yes or no?\nAnswer: yes" and rest == ""
+    assert second == "Question: Why?\nAnswer: ünïcödé"
+
+
 def test_every_task_has_files_with_an_address_and_a_prompt():
     rows = [row.split() for row in tasks.FILES.strip().splitlines()]
     assert {row[2].split("/")[0] for row in rows} == set(tasks.PROMPTS) == set(tasks.ADDRESSES)
@@ -2620,6 +2763,35 @@ def test_a_run_leaves_one_result_per_loss_with_all_fields(tiny, capsys, tmp_path
         assert row["linear_bytes_fp32"] == 4 * 8 * (24 + 8 + 32 + 32)
         assert row["train_seconds"] > 0
         assert row["tokens_per_second"] == pytest.approx(6 * 4 * 16 / row["train_seconds"])
+
+
+def test_a_task_is_a_text_to_train_on_and_examples_to_choose_from(
+    tiny, capsys, tmp_path, monkeypatch, small_vocabulary
+):
+    monkeypatch.setattr(tasks, "load_task", {"cola": (QUESTIONS[::3] * 20, QUESTIONS[::3])}.get)
+    out = run(["--task", "cola", *tiny[2:]], capsys)
+    assert "corpus: cola, 40 examples, 2 to evaluate on" in out
+    assert "scored 2 examples, 2 of them cut from the left to fit 16 tokens" in out
+    assert re.search(r"perplexity +bits/byte +accuracy +acc_norm +mcc +bytes\n", out)
+    (row,) = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert (row["task"], row["data"], row["model"]) == ("cola", "cola", "tiny")
+    student = tsld.load_model(tmp_path / "out" / "student-tsld.packed")
+    nats = [
+        nats_of_choice(student, small_vocabulary, e.prompt, e.choices[e.answer], 16)
+        for e in QUESTIONS[::3]
+    ]
+    tokens = sum(len(small_vocabulary.encode_ordinary(text)) for text in (" no", " yes"))
+    assert row["student_ppl"] == pytest.approx(math.exp(sum(nats) / tokens), rel=2e-3)
+    assert row["student_bpb"] == pytest.approx(sum(nats) / math.log(2) / len(" no yes"), rel=2e-3)
+    for who in ("teacher", "ptq", "student"):
+        assert row[f"{who}_accuracy"] == 0.5  # one prompt, both answers
+        assert row[f"{who}_mcc"] == 0
+    assert "test_student_ppl" not in row
+
+
+def test_a_task_that_is_not_there_or_comes_with_a_text_is_refused(tiny, capsys, no_network):
+    refused(["--task", "nothing", *tiny], capsys, "--task: invalid choice: 'nothing'")
+    refused(["--task", "cola", *tiny], capsys, "--data and --task: give one")
 
 
 def test_perplexity_is_per_token_and_bits_are_per_byte_of_the_predicted_text(
@@ -2941,8 +3113,8 @@ def test_a_gpu_without_gpt2s_vocabulary_or_weights_uses_tiny_and_says_so(
     def unreachable(name):
         raise ConnectionError("no route to host")
 
-    monkeypatch.setattr(train_small, "DATA", tmp_path)
-    for encoding in (unreachable, lambda name: None):
+    monkeypatch.setattr(exchange, "DATA", tmp_path)
+    for encoding in (unreachable, lambda name: SimpleNamespace(eot_token=50256)):
         monkeypatch.setattr(texts.tiktoken, "get_encoding", encoding)
         found = source([], "cuda")
         assert (found.name, found.tokenizer.name, found.init) == ("tiny", "bpe2048", "scratch")
@@ -2958,7 +3130,7 @@ def test_a_gpu_without_gpt2s_vocabulary_or_weights_uses_tiny_and_says_so(
 def test_published_weights_start_the_teacher_and_their_absence_is_one_clear_line(
     tiny, capsys, monkeypatch, tmp_path, no_network
 ):
-    monkeypatch.setattr(train_small, "DATA", tmp_path)
+    monkeypatch.setattr(exchange, "DATA", tmp_path)
     monkeypatch.setattr(
         train_small,
         "load_tokenizer",

@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 import os
-import signal
 import sys
 import time
 from contextlib import contextmanager, nullcontext, redirect_stdout
@@ -26,9 +25,10 @@ from torch.distributed import fsdp
 from torch.distributed.checkpoint import state_dict as sharded
 
 import tsld
-from data import exchange
+from data import exchange, tasks
 from data.files import check_folder, check_space, hold
-from data.texts import DATA, PARTS, UserError, fetch, load_corpus, load_tokenizer
+from data.progress import show_progress, stop_on_signal, time_left
+from data.texts import PARTS, UserError, load_corpus, load_tokenizer
 from tsld import GPT, LOSSES, GPTConfig, QuantLinear, TrainConfig
 
 class TrainingStopped(Exception):
@@ -66,10 +66,11 @@ def train_and_compare(setup, args, out):
         table.append((f"student, {loss}", scores["student"], sizes["bytes_packed"]))
         row = {"loss": loss, **{key: getattr(args, key) for key in ("bits", "granularity", "seed")}}
         row |= {"model": setup.source.name, "data": setup.corpus}
-        row |= {"tokenizer": setup.source.tokenizer.name}
+        row |= {"tokenizer": setup.source.tokenizer.name, "task": args.task}
         for part, prefix in (("valid", ""), ("test", "test_")):
             for who in ("teacher", "ptq", "student"):
-                row |= {f"{prefix}{who}_{unit}": x for unit, x in scores[who][part].items()}
+                values = scores[who].get(part, {})
+                row |= {f"{prefix}{who}_{unit}": x for unit, x in values.items()}
         trained = config.steps * config.batch_size * config.block_size
         row |= {**sizes, "train_seconds": seconds, "tokens_per_second": trained / seconds}
         results.append(row)
@@ -102,6 +103,7 @@ class Setup:
     corpus: str
     source: Source
     tokens: dict  # part -> int64 (n,); "student" is the share of "train" that the student sees
+    examples: list | None  # of --task, to evaluate on
     teacher: TrainConfig
     student: TrainConfig
 
@@ -109,12 +111,20 @@ class Setup:
 def set_up(args):
     device, out = choose_device(args.device), check_folder(args.out)
     with first_process_first():  # it downloads, the others find
-        name, description, texts = load_corpus(args.data)
+        if args.task:
+            train, examples = tasks.load_task(args.task)
+            name, texts = args.task, {"train": train, "valid": examples, "test": examples}
+            description = f"{name}, {len(train):,} examples, {len(examples):,} to evaluate on"
+        else:
+            examples, (name, description, texts) = None, load_corpus(args.data)
         print(f"corpus: {description}", flush=True)
         source = choose_source(args, device)
     preset, block_size = source.preset, source.preset.gpt.block_size
     check_space(out, source.model, 1 + (len(LOSSES) if args.loss == "all" else 1))
-    tokens = {part: torch.tensor(source.tokenizer.encode_ordinary(texts[part])) for part in PARTS}
+    encode = source.tokenizer.encode_ordinary
+    if args.task:
+        encode = lambda examples: tasks.training_text(source.tokenizer, examples)
+    tokens = {part: torch.tensor(encode(texts[part])) for part in PARTS}
     tokens["student"] = tokens["train"][: args.student_tokens or preset.student_tokens]
     for part, tokens_of_part in tokens.items():
         least = block_size + 1 if part in ("train", "student") else 2
@@ -139,20 +149,29 @@ def set_up(args):
             raise UserError(f"a batch of {config.batch_size} does not divide into {parts}")
     if student.dtype == "bfloat16" and default_dtype(device) == "float32":
         print("dtype: this device has no fast bfloat16, a step may take 20 times that of float32")
-    return Setup(args, device, name, source, tokens, teacher, student)
+    return Setup(args, device, name, source, tokens, examples, teacher, student)
 
 
 def score(setup, model, parts=("valid", "test")):
-    """Part to perplexity per token, and to bits per byte. TrainingDiverged: it is not finite."""
-    model, scores = spread(model, setup.device), {}
-    for part in parts:
-        nats = tsld.evaluate(model, setup.tokens[part], setup.student.block_size)
+    """Part to perplexity per token, bits per byte and, of a task, which has one part and whose
+    right answers' tokens alone count, accuracy. TrainingDiverged: it is not finite."""
+    model, scores, tokenizer = spread(model, setup.device), {}, setup.source.tokenizer
+    block_size, more = setup.student.block_size, {}
+    for part in parts[:1] if setup.examples else parts:
+        if setup.examples:
+            given = model, tokenizer, setup.examples, block_size, show_progress
+            nats, predicted, cut, more = tasks.evaluate_task(*given)
+            nats /= len(predicted)
+            cut = f", {cut} of them cut from the left to fit {block_size} tokens" if cut else ""
+            show_progress(f"scored {len(setup.examples)} examples{cut}", last=True)
+        else:
+            nats = tsld.evaluate(model, setup.tokens[part], block_size)
+            predicted = setup.tokens[part][1:].tolist()
         if not nats < math.log(sys.float_info.max):
             raise tsld.TrainingDiverged(f"the {part} text costs {nats} nats per token")
-        predicted = setup.tokens[part][1:].tolist()
-        size = len(setup.source.tokenizer.decode_bytes(predicted))
+        size = len(tokenizer.decode_bytes(predicted))
         bpb = tsld.bits_per_byte(nats, len(predicted), size)
-        scores[part] = {"ppl": math.exp(nats), "bpb": bpb}
+        scores[part] = {"ppl": math.exp(nats), "bpb": bpb} | more
     return scores
 
 
@@ -171,11 +190,15 @@ def pack(model, path):
 
 def print_table(rows):
     """rows: (name, scores, bytes or None)."""
-    print(f"\n{'':32}{'validation':>21}{'test':>22}{'size':>13}")
-    print(f"{'':32}{'perplexity bits/byte':>21}{'perplexity bits/byte':>22}{'bytes':>13}")
+    names = {"ppl": "perplexity", "bpb": "bits/byte", "valid": "validation"}
+    parts = {part: [names.get(unit, unit) for unit in units] for part, units in rows[0][1].items()}
+    titles = ("".join(f"{title:>11}" for title in units) for units in parts.values())
+    above = "".join(f"{names.get(p, p):>{11 * len(units)}}" for p, units in parts.items())
+    print(f"\n{'':32}{above}{'size':>13}\n{'':32}{''.join(titles)}{'bytes':>13}")
     for name, scores, size in rows:
-        columns = (f"{scores[p]['ppl']:11.2f}{scores[p]['bpb']:10.4f}" for p in ("valid", "test"))
-        print(f"{name:32}{' '.join(columns)}{'not packed' if size is None else f'{size:,}':>13}")
+        values = [x for part in scores.values() for x in part.items()]
+        cells = "".join(f"{x:11.2f}" if unit == "ppl" else f"{x:11.4f}" for unit, x in values)
+        print(f"{name:32}{cells}{'not packed' if size is None else f'{size:,}':>13}")
 
 
 SAMPLING = {"temperature": 0.8, "top_k": 200}
@@ -493,17 +516,7 @@ def load_preset(name, args):
     torch.manual_seed(args.seed)
     model = GPT(preset.gpt)
     if init == "pretrained":
-        url = f"https://huggingface.co/openai-community/{name}/resolve/main/pytorch_model.bin"
-        try:
-            path = fetch([url], DATA / "weights" / f"{name}.bin", PUBLISHED[name])
-        except UserError as error:
-            raise UserError(f"{error}: go online once, or use --init scratch")
-        state = GPT.from_pretrained(path).state_dict()
-        state["wpe.weight"] = state["wpe.weight"][: preset.gpt.block_size]  # the first positions do
-        try:
-            model.load_state_dict(state)
-        except RuntimeError:
-            raise tsld.CheckpointError(f"{path} is another model than {name}") from None
+        exchange.load_published(name, PUBLISHED[name], model)
     return Source(name, model, tokenizer, preset, init)
 
 
@@ -546,43 +559,7 @@ def default_dtype(device):
 
 
 # --------------------------------------------------------------------------------------------------
-# Progress and processes
-
-shown_at = -math.inf  # when show_progress last printed
-
-
-def show_progress(text, last=False):
-    """One line that is written over on a terminal; in a log file a line every 10 seconds."""
-    global shown_at
-    terminal, now = sys.stdout.isatty(), time.monotonic()
-    if last or now - shown_at >= (0.1 if terminal else 10):
-        shown_at = now
-        start, end = ("\r\x1b[K", "" if not last else "\n") if terminal else ("", "\n")
-        print(start + text, end=end, flush=True)
-
-
-def time_left(seconds):
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
-@contextmanager
-def stop_on_signal():
-    """The first Ctrl-C or SIGTERM is noted in the list that this yields; the second one acts."""
-    received = []
-
-    def note(number, frame):
-        received.append(number)
-        signal.signal(number, previous[number])
-
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
+# Processes
 
 def processes():
     """This process's rank and the number of processes that train together: 0 and 1 without
@@ -692,6 +669,8 @@ FLAGS = {
          "where the teacher starts (default scratch for tiny, else pretrained)"),
         ("data", None, {}, "ptb, pydoc, a text file, or a folder with {train,valid,test}.txt "
          "(default ptb, or pydoc where that cannot be had)"),
+        ("task", None, {"choices": tuple(tasks.PROMPTS)}, "train on one of the paper's tasks "
+         "instead of a text, and say how often the model chooses the right answer"),
         ("student-tokens", None, {"type": count},
          "how much of the training text the student sees (default 100000 for tiny, else all)"),
     ],
@@ -749,6 +728,8 @@ def parse(argv, takes=None, description=__doc__.split("\n")[0], **defaults):
     if unused:
         parser.error(f"{', '.join(unused)} has no meaning for {command}")
     values = ALL | defaults | given
+    if values["task"] and "data" in given:
+        parser.error("--data and --task: give one")
     if values["loss"] not in ("tsld", "all") and given.keys() & {"tsld-temperature", "gt-weight"}:
         parser.error(f"--tsld-temperature, --gt-weight: not for --loss {values['loss']}")
     for name in ("generate", "data", "model", "out", "device"):

@@ -1,5 +1,5 @@
-"""Models and tokenizers of other programs. A causal language model of transformers comes in; a packed
-student goes out, as GPT-2's published format with a tokenizer.json, or in the format of the model
+"""Models and tokenizers of other programs. GPT-2's published weights and causal language models of
+transformers come in; a packed student goes out, as GPT-2's published format with a tokenizer.json, or in the format of the model
 that it was made from. Its ternary matrices are then numbers, at most three different ones each."""
 
 import importlib.util
@@ -11,7 +11,22 @@ from pathlib import Path
 import torch
 
 import tsld
-from data.texts import UserError
+from data.texts import DATA, UserError, fetch
+
+
+def load_published(name, sha256, model):
+    """GPT-2's published weights into our GPT, which may have fewer positions; downloaded once."""
+    url = f"https://huggingface.co/openai-community/{name}/resolve/main/pytorch_model.bin"
+    try:
+        path = fetch([url], DATA / "weights" / f"{name}.bin", sha256)
+    except UserError as error:
+        raise UserError(f"{error}: go online once, or use --init scratch")
+    state = tsld.GPT.from_pretrained(path).state_dict()
+    state["wpe.weight"] = state["wpe.weight"][: model.config.block_size]  # the first positions do
+    try:
+        model.load_state_dict(state)
+    except RuntimeError:
+        raise tsld.CheckpointError(f"{path} is another model than {name}") from None
 
 
 class TheirTokenizer:
@@ -21,6 +36,8 @@ class TheirTokenizer:
         self.name, self.decode, self.theirs = name, tokenizer.decode, tokenizer
         self.encode_ordinary = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
         self.decode_bytes = lambda ids: tokenizer.decode(ids).encode()
+        known = tokenizer.eos_token_id is not None
+        self.end_of_text = tokenizer.eos_token_id if known else self.encode_ordinary("\n")[-1]
 
 
 def load_theirs(name, eager=False):
@@ -44,6 +61,7 @@ def load_theirs(name, eager=False):
         raise UserError(f"{name}{offline}: {words.splitlines()[0]}")
     model.config.use_cache = False  # of keys and values, which training has no use for
     model.generation_config.do_sample = True
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
     return model, TheirTokenizer(name, tokenizer)
 
 

@@ -1,14 +1,20 @@
-"""The nine data sets of the paper's task tables, as prompts, choices and answers.
+"""The nine tasks of the paper: prompts, choices and answers, and what a model scores on them.
 
 Their files are found in data/downloads/, or downloaded into it once; README.md beside this file
-says where they come from. The prompts are worded as lm-evaluation-harness words them."""
+says where they come from. Prompts and measures are those of lm-evaluation-harness."""
 
+import collections
 import json
+import re
 import zipfile
 from typing import NamedTuple
 
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from data.texts import DATA, UserError, fetch
+from tsld import GPT
 
 DOWNLOADS = DATA / "downloads"
 # SHA-256 (- where none is published), number of examples, file.
@@ -38,7 +44,7 @@ b4192dc3a2a0363d9d60ccf79800cbbe2f32ebb17726efdde6970e0b8131bceb  1838 piqa/vali
 RAW = "https://raw.githubusercontent.com/"
 GLUE = RAW + "F0restL1n/BERT/0d0288be08079531c7b3a85af3d532f9adb0f13a/glue_data/"
 S3 = "https://ai2-public-datasets.s3.amazonaws.com/"
-# Where a task's file {0} is; after a space, its name in the zip archive. {1}: with a capital letter.
+# Where a task's file {0} is; after a space, its name in the zip archive. {1}: capitalized.
 ADDRESSES = {
     "cola": GLUE + "CoLA/original/raw/{0}",
     "mrpc": GLUE + "MRPC/{0}",
@@ -54,21 +60,17 @@ ADDRESSES = {
 # Task: its prompt, and the choices where all its examples have the same. Numbers are columns.
 PROMPTS = {
     "cola": ("{3}\nQuestion: Does this sentence make sense?\nAnswer:", ("no", "yes")),
-    "mrpc": (
-        "Sentence 1: {3}\nSentence 2: {4}\nQuestion: Do both sentences mean the same thing?\nAnswer:",
-        ("no", "yes"),
-    ),
+    "mrpc": ("Sentence 1: {3}\nSentence 2: {4}\nQuestion: Do both sentences mean the same thing?\n"
+             "Answer:", ("no", "yes")),
     "rte": ("{1}\nQuestion: {2} True or False?\nAnswer:", ("True", "False")),
-    "sst2": (
-        "{0}\nQuestion: Is this sentence positive or negative?\nAnswer:",
-        ("negative", "positive"),
-    ),
+    "sst2": ("{}\nQuestion: Is this sentence positive or negative?\nAnswer:",
+             ("negative", "positive")),
     "arc_easy": ("Question: {}\nAnswer:", None),
     "arc_challenge": ("Question: {}\nAnswer:", None),
     "openbookqa": ("{}", None),
     "piqa": ("Question: {}\nAnswer:", None),
     "gsm8k": ("Question: {}\nAnswer:", None),
-}
+}  # fmt: skip
 
 
 class Example(NamedTuple):
@@ -80,30 +82,17 @@ class Example(NamedTuple):
 def load_task(name):
     """Examples to train on, and examples to evaluate on, those that papers report. UserError: a
     file can neither be found nor downloaded, or is another one."""
-    if name == "cola":
-        parts = ["in_domain_train.tsv"], ["in_domain_dev.tsv", "out_of_domain_dev.tsv"]
-    elif name == "mrpc":
-        parts = ["msr_paraphrase_train.txt"], ["dev.tsv"]
-    elif name == "piqa":
-        parts = ["train.jsonl", "train-labels.lst"], ["valid.jsonl", "valid-labels.lst"]
-    else:
-        parts = (
-            (["train.tsv"], ["dev.tsv"]) if PROMPTS[name][1] else (["train.jsonl"], ["test.jsonl"])
-        )
-    train, test = ([read(name, file) for file in files] for files in parts)
+    rows = [row for row in map(str.split, FILES.strip().splitlines()) if row[2].startswith(name)]
+    both = [[read(*row) for row in rows if ("train" in row[2]) == training] for training in (1, 0)]
     if name == "piqa":  # texts, and labels
-        return tuple(
-            [Example(*text, label) for text, label in zip(*part)] for part in (train, test)
-        )
-    train, test = sum(train, []), sum(test, [])
-    held_out = set(test) if name == "mrpc" else ()  # whose training file holds both parts
-    return [example for example in train if example not in held_out], test
+        both = [[[Example(*text, label) for text, label in zip(*part)]] for part in both]
+    train, test = (sum(part, []) for part in both)  # MRPC's training file holds both
+    return [e for e in train if name != "mrpc" or e not in test], test
 
 
-def read(task, file):
+def read(sha256, count, file):
     """A file's lines as examples; PIQA's texts and labels stand in two files."""
-    rows = map(str.split, FILES.strip().splitlines())
-    sha256, count = next(row[:2] for row in rows if row[2] == f"{task}/{file}")
+    task, file = file.split("/")
     path = find(task, file, None if sha256 == "-" else sha256)
     lines = path.read_text("utf-8-sig").removesuffix("\n").split("\n")
     lines = lines[1:] if task in ("mrpc", "rte", "sst2") else lines  # a header
@@ -126,8 +115,9 @@ def parse(task, line):
         return Example(prompt.format(row["question"]), (row["answer"],), 0)
     choices = row["question"]["choices"]  # 3 to 5, labelled with letters or with numbers
     answer = [choice["label"] for choice in choices].index(row["answerKey"])
-    texts = tuple(choice["text"] for choice in choices)
-    return Example(prompt.format(row["question"]["stem"]), texts, answer)
+    return Example(
+        prompt.format(row["question"]["stem"]), tuple(c["text"] for c in choices), answer
+    )
 
 
 def find(task, file, sha256):
@@ -142,3 +132,68 @@ def find(task, file, sha256):
         except (KeyError, zipfile.BadZipFile):
             raise UserError(f"{archive} has no {inside[0]}: delete it")
     return fetch([address], path, sha256)
+
+
+def training_text(tokenizer, examples):
+    """Token ids: each prompt with its right answer, and the end of text after it."""
+    texts = [f"{e.prompt} {e.choices[e.answer]}" for e in examples]
+    return [i for text in texts for i in (*tokenizer.encode_ordinary(text), tokenizer.end_of_text)]
+
+
+@torch.no_grad()
+def evaluate_task(model, tokenizer, examples, block_size, show=lambda text: None):
+    """Nats of the right answers' tokens in all, the ids of these, how many examples do not fit
+    block_size tokens and lose the beginning of their prompts, and scores: accuracy, of the choice
+    that is likeliest after the prompt, of a free answer exact_match; acc_norm, of the likeliest per
+    byte; mcc, Matthews correlation. show: gets lines on the progress. UserError: it never fits."""
+    nats, right, cut = [[0.0] * len(e.choices) for e in examples], [], set()
+    waiting = collections.defaultdict(list)  # input to what is to be read off its output
+    for number, (prompt, choices, _) in enumerate(examples):
+        for choice, text in enumerate(choices):
+            ids = tokenizer.encode_ordinary(f"{prompt} {text}")
+            answer = ids[len(tokenizer.encode_ordinary(prompt)) :]
+            if len(answer) > block_size:
+                raise UserError(f"“{text:.40}...” has {len(answer)} tokens, a block {block_size}")
+            cut |= {number} if len(ids) > block_size + 1 else set()
+            waiting[tuple(ids[-block_size - 1 : -1])].append((number, choice, answer))
+    inputs, device = sorted(waiting, key=len), next(model.eval().parameters()).device
+    for begin in range(0, len(inputs), rows := max(1, 2048 // block_size)):
+        show(f"scored {begin} of {len(inputs)}")
+        part = [torch.tensor(ids) for ids in inputs[begin : begin + rows]]
+        output = model(pad_sequence(part, batch_first=True).to(device))  # looks at no later token
+        logits = getattr(output, "logits", output).float()  # (B, T, V)
+        for row, ids in zip(logits.log_softmax(-1).cpu(), inputs[begin : begin + rows]):
+            for number, choice, answer in waiting[ids]:
+                log_p = row[torch.arange(len(ids) - len(answer), len(ids)), answer]
+                nats[number][choice] = -log_p.sum().item()
+                right += answer if choice == examples[number].answer else []
+    true, found = np.array([e.answer for e in examples]), np.array([np.argmin(x) for x in nats])
+    total = sum(cost[answer] for cost, answer in zip(nats, true))
+    sizes = [[len(choice.encode()) for choice in e.choices] for e in examples]
+    per_byte = np.array([np.argmin(np.divide(*pair)) for pair in zip(nats, sizes)])
+    scores = {"accuracy": (found == true).mean(), "acc_norm": (per_byte == true).mean()}
+    if {e.choices for e in examples} == {("no", "yes")}:
+        scores["mcc"] = np.corrcoef(true, found)[0, 1] if true.std() * found.std() > 0 else 0.0
+    if all(len(e.choices) == 1 for e in examples):
+        scores = {"accuracy": exact_match(model, tokenizer, examples, block_size, show)}
+    return total, right, len(cut), {name: float(score) for name, score in scores.items()}
+
+
+def exact_match(model, tokenizer, examples, block_size, show):
+    """Share of the examples whose prompt is followed, greedily, by the answer's number after ####.
+    Prompts of one length are continued together, so that none needs filling."""
+    new, waiting, matches = min(256, block_size // 2), collections.defaultdict(list), []
+    stop, device = tokenizer.end_of_text, next(model.parameters()).device
+    for prompt, (answer,), _ in examples:
+        ids = tokenizer.encode_ordinary(prompt)[new - block_size :]
+        waiting[len(ids)].append((ids, answer))
+    how = {"temperature": 0} if isinstance(model, GPT) else {"do_sample": False, "use_cache": True}
+    number = lambda text: re.findall(r"#### *(-?[\d.]*\d)", text.replace(",", ""))[:1]
+    for length, group in waiting.items():
+        show(f"answered {len(matches)} of {len(examples)}")
+        ids = torch.tensor([ids for ids, _ in group], device=device)
+        ids = model.generate(ids, max_new_tokens=new, **how)[:, length:].tolist()
+        for row, (_, answer) in zip(ids, group):
+            text = tokenizer.decode(row[: row.index(stop)] if stop in row else row)
+            matches.append(number(text) == number(answer))
+    return np.mean(matches)

@@ -122,15 +122,20 @@ PATTERN = r" ?\w+| ?[^\w\s]+|\s+(?!\S)|\s"
 
 def load_tokenizer(name):
     """A tiktoken.Encoding: "bpe2048", from data/, or "gpt2", which tiktoken downloads once. Both
-    are byte-level BPE, so every text round-trips."""
+    are byte-level BPE, so every text round-trips. end_of_text: a token; bpe2048's is the byte 0."""
     if name == "bpe2048":
         lines = VOCABULARY.read_text().splitlines()
         ranks = {base64.b64decode(token): int(rank) for token, rank in map(str.split, lines)}
-        return tiktoken.Encoding(name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
+        kinds = {"pat_str": PATTERN, "mergeable_ranks": ranks, "special_tokens": {}}
+        tokenizer = tiktoken.Encoding(name, **kinds)
+        tokenizer.end_of_text = ranks[b"\0"]
+        return tokenizer
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(DATA / "tiktoken"))
     try:
-        return tiktoken.get_encoding(name)
+        tokenizer = tiktoken.get_encoding(name)
     except OSError as error:
         cause = str(error).split("(Caused by")[0]
         remedy = "go online once, or use --model tiny"
         raise UserError(f"GPT-2's vocabulary cannot be downloaded ({cause}): {remedy}")
+    tokenizer.end_of_text = tokenizer.eot_token
+    return tokenizer

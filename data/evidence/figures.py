@@ -371,7 +371,7 @@ def draw_confidence(plt, tokens, changes):
 
 def main(argv):
     about = "The paper's figures in kind, to data/evidence."
-    takes = train_small.TRAIN - {"loss", "gt-weight", "bits"}
+    takes = train_small.TRAIN - {"loss", "gt-weight", "bits", "task"}
     args = train_small.parse(argv, takes, about, steps=400, **{"tsld-temperature": 10.0})
     args.loss = "all"
     check_model(args)

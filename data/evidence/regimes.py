@@ -150,10 +150,10 @@ def draw(rows):
         figure(groups).savefig(FOLDER / "5-regimes.png", dpi=150)
 
 
-def mean_and_spread(rows, key):
+def mean_and_spread(rows, key, digits=2):
     values = {row["seed"]: row[key] for row in rows}.values()  # a teacher has a row per student
-    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{spread} ({len(values)})" if values else ""
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len({*values}) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread} ({len(values)})" if values else ""
 
 
 def figure(groups):

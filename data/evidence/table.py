@@ -34,7 +34,7 @@ TRAINED = {2: ("logit", "tsld", "l2l", "logit_gt", "gt"), 4: ("logit", "tsld", "
 # τ and ground-truth weight of further TSLD students. τ = ∞ is logit distillation; τ = 10 is above.
 ABLATION = ((1.0, 0.0), (2.0, 0.0), (5.0, 0.0), (20.0, 0.0), (10.0, 0.25), (10.0, 1.0))
 SEEDS = (0, 1, 2)
-TAKES = train_small.TRAIN - {"loss", "bits", "granularity", "gt-weight", "seed", "resume"}
+TAKES = train_small.TRAIN - {"loss", "bits", "granularity", "gt-weight", "seed", "resume", "task"}
 
 
 def main(argv):
