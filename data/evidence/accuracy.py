@@ -37,7 +37,7 @@ def main(argv):
     rows, teacher = read_json(path, []), train_small.train_teacher(setup)
     of = {"task": args.task, "model": Path(setup.source.name).name, "seed": seed}
     of |= {"teacher_steps": setup.teacher.steps, "steps": setup.student.steps}
-    wanted = [of | {"bits": b, "loss": x, "gt_weight": w} for b in BITS for x, w in STUDENTS]
+    wanted = [of | {"bits": b, "loss": x, "gt_weight": w} for x, w in STUDENTS for b in BITS]
     wanted = [row for row in wanted if not any(row.items() <= there.items() for there in rows)]
     known = {"teacher": train_small.score(setup, teacher)["valid"]}
     frozen = train_small.frozen_teacher(setup, teacher, {"valid": known["teacher"]})
