@@ -53,7 +53,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import train_small
 import tsld
 from data import exchange, files, tasks, texts
-from data.evidence import baselines, bench, figures, llama, table, vocabulary
+from data.evidence import accuracy, baselines, bench, figures, llama, regimes, table, vocabulary
 from tsld import GPT, GPTConfig, QuantLinear, TrainConfig
 
 torch.set_num_threads(1)  # the tensors here are tiny: two threads would only wait for one another
@@ -3398,6 +3398,70 @@ def test_the_table_has_every_row_of_the_papers_and_goes_on_where_it_stopped(
         run(["--bits", str(bits), "--granularity", granularity, *tiny], capsys)
         single = json.loads((tmp_path / "out" / "results.json").read_text())[0]
         assert single["ptq_ppl"] == next(r["valid_ppl"] for r in rows if r["method"] == method)
+
+
+def test_the_task_tables_have_every_student_and_go_on_where_they_stopped(
+    tiny, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(accuracy, "FOLDER", tmp_path)
+    monkeypatch.setattr(tasks, "load_task", {"rte": (QUESTIONS * 20, QUESTIONS)}.get)
+    for seed in "01":
+        flags = ["--task", "rte", "--steps", "3", "--seed", seed, *tiny[2:]]
+        out = run(flags, capsys, accuracy.main)
+    rows = json.loads((tmp_path / "accuracy-1.json").read_text())
+    students = {(row["bits"], row["loss"], row["gt_weight"]) for row in rows}
+    assert students == {(bits, *student) for bits in (2, 4) for student in accuracy.STUDENTS}
+    assert {row["config"]["seed"] for row in rows} == {1}
+    assert {row["config"]["temperature"] for row in rows} == {10.0}
+    assert {(row["bits"], row["config"]["lr"]) for row in rows} == {(2, 1e-3), (4, 1e-4)}
+    both = rows + json.loads((tmp_path / "accuracy-0.json").read_text())
+    assert len({row["teacher_ppl"] for row in both}) == 1  # one teacher
+    values = [r["student_ppl"] for r in both if (r["bits"], r["loss"]) == (2, "logit")]
+    cell = f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f} (2)"
+    assert re.search(rf"\| 2 \| logit \| {re.escape(cell)} \|", out)
+    (tmp_path / "accuracy-1.json").write_text(json.dumps(rows[:5]))
+    out = run(flags, capsys, accuracy.main)
+    assert "3 of 3: " in out and "4 of" not in out
+    again = json.loads((tmp_path / "accuracy-1.json").read_text())
+    assert [row["student_ppl"] for row in again] == [row["student_ppl"] for row in rows]
+
+
+def test_the_map_has_every_teacher_and_mix_and_goes_on_where_it_stopped(
+    tiny, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(regimes, "FOLDER", tmp_path)
+    monkeypatch.setattr(regimes, "PRETRAINING", replace(regimes.PRETRAINING, steps=2, batch_size=4))
+    monkeypatch.setattr(regimes, "FINE_TUNING", replace(regimes.FINE_TUNING, batch_size=4))
+    monkeypatch.setattr(regimes, "MAP", ((2, 2, (1, 3), ((math.inf, 0.0), (10.0, 0.25))),))
+    monkeypatch.setattr(regimes, "other_text", lambda tokenizer: torch.arange(900) % 2048)
+    corpus = ("ptb", "a text", texts.split_text((WORDS * 40).encode()))
+    monkeypatch.setattr(train_small, "load_corpus", lambda choice: corpus)
+    flags = tiny[2:]
+    out = run(flags, capsys, regimes.main)
+    rows = json.loads((tmp_path / "regimes-0.json").read_text())
+    seen = [(row["teacher_epochs"], row["temperature"], row["gt_weight"]) for row in rows]
+    assert seen == [(1, math.inf, 0.0), (1, 10.0, 0.25), (3, math.inf, 0.0), (3, 10.0, 0.25)]
+    # 300 tokens, 4 pieces of 16: an epoch is 4.7 steps.
+    assert {row["config"]["steps"] for row in rows} == {
+        9
+    } and "teacher, 3 epochs: step 14/14" in out
+    assert len({row["teacher_valid_ppl"] for row in rows}) == 2
+    (tmp_path / "regimes-0.json").write_text(json.dumps(rows[:3]))
+    out = run(flags, capsys, regimes.main)
+    assert "4 of 4: " in out and "3 of 4: " not in out
+    again = json.loads((tmp_path / "regimes-0.json").read_text())
+    assert [row["student_valid_ppl"] for row in again] == [row["student_valid_ppl"] for row in rows]
+
+
+def test_the_other_text_is_the_tasks_own_words_without_the_prompts(monkeypatch, small_vocabulary):
+    examples = {
+        name: [tasks.Example(prompt.replace("{}", "Why  NOT").format(*"abcde"), ("x", "Y"), 1)]
+        for name, (prompt, _) in tasks.PROMPTS.items()
+    }
+    monkeypatch.setattr(tasks, "load_task", lambda name: (examples[name], []))
+    text = small_vocabulary.decode(regimes.other_text(small_vocabulary).tolist())
+    lines = dict(zip(tasks.PROMPTS, text.split("\n"), strict=True))
+    assert lines["mrpc"] == "d e" and lines["rte"] == "b c" and lines["gsm8k"] == "why not y"
 
 
 # --------------------------------------------------------------------------------------------------

@@ -153,8 +153,8 @@ def set_up(args):
 
 
 def score(setup, model, parts=("valid", "test")):
-    """Part to perplexity per token, bits per byte and, of a task, which has one part and whose
-    right answers' tokens alone count, accuracy. TrainingDiverged: it is not finite."""
+    """Part to perplexity per token and bits per byte. Of a task there is one part, the right
+    answers alone count, and accuracies come with them. TrainingDiverged: it is not finite."""
     model, scores, tokenizer = spread(model, setup.device), {}, setup.source.tokenizer
     block_size, more = setup.student.block_size, {}
     for part in parts[:1] if setup.examples else parts:
