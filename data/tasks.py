@@ -157,12 +157,13 @@ def evaluate_task(model, tokenizer, examples, block_size, show=lambda text: None
             cut |= {number} if len(ids) > block_size + 1 else set()
             waiting[tuple(ids[-block_size - 1 : -1])].append((number, choice, answer))
     inputs, device = sorted(waiting, key=len), next(model.eval().parameters()).device
-    for begin in range(0, len(inputs), rows := max(1, 2048 // block_size)):
-        show(f"scored {begin} of {len(inputs)}")
-        part = [torch.tensor(ids) for ids in inputs[begin : begin + rows]]
-        output = model(pad_sequence(part, batch_first=True).to(device))  # looks at no later token
-        logits = getattr(output, "logits", output).float()  # (B, T, V)
-        for row, ids in zip(logits.log_softmax(-1).cpu(), inputs[begin : begin + rows]):
+    while inputs:  # the longest first, as many as have 2048 tokens together
+        show(f"scored {len(waiting) - len(inputs)} of {len(waiting)}")
+        part = [inputs.pop() for _ in inputs[: max(1, 2048 // len(inputs[-1]))]]
+        ids = pad_sequence([torch.tensor(ids) for ids in part], batch_first=True)
+        output = model(ids.to(device))  # (B, T, V); a token's logits see none that follow
+        logits = getattr(output, "logits", output).float()
+        for row, ids in zip(logits.log_softmax(-1).cpu(), part):
             for number, choice, answer in waiting[ids]:
                 log_p = row[torch.arange(len(ids) - len(answer), len(ids)), answer]
                 nats[number][choice] = -log_p.sum().item()
