@@ -652,19 +652,14 @@ def pack_ternary(codes):
     (out, width), K = codes.shape, math.ceil(codes.shape[1] / 4)
     bits = F.pad(codes & 3, (0, 4 * K - width)).to(torch.uint8).view(out, K, 4)
     packed = sum(bits[:, :, j] << 2 * j for j in range(4))  # (out, K)
-    rows, size = _side_by_side(out, K)
+    rows, size = (64, 4) if out % 64 == K % 4 == 0 else (1, 1)  # side by side, bytes at a time
     return packed.view(-1, rows, K // size, size).transpose(1, 2).reshape(out, K)
-
-
-def _side_by_side(out, K):
-    """How many rows stand side by side, and how many bytes of each at a time."""
-    return (64, 4) if out % 64 == 0 and K % 4 == 0 else (1, 1)
 
 
 def unpack_ternary(packed, in_features):
     """packed: uint8 (out, ceil(in / 4)) -> codes, int8 (out, in)."""
     out, K = packed.shape
-    rows, size = _side_by_side(out, K)
+    rows, size = (64, 4) if out % 64 == K % 4 == 0 else (1, 1)  # side by side, bytes at a time
     packed = packed.reshape(-1, K // size, rows, size).transpose(1, 2).reshape(out, K)
     codes = [(packed << 6 - 2 * j).view(torch.int8) >> 6 for j in range(4)]  # >> keeps the sign
     return torch.stack(codes, dim=2).view(out, 4 * K)[:, :in_features]
@@ -675,16 +670,13 @@ def ternary_matmul(x, packed, scale, bias=None):
     x: (..., in), any float dtype; packed: uint8 (out, ceil(in / 4)); scale: float32, (1, 1) or
     (out, 1); bias: (out,) or None. Returns (..., out) in x's dtype, accumulated in float32.
     ValueError: other shapes. For one row of x, reading the weights dominates the time: C (section
-    6) adds and subtracts. For many rows, and where C is not to be had, the dense product of a few
-    unpacked outputs at a time is faster, though it multiplies by -1, 0 and 1."""
+    6) adds and subtracts. A dense product is faster for many rows, or without C, though it
+    multiplies by -1, 0 and 1."""
     (out, K), width = packed.shape, x.shape[-1]
     if K != math.ceil(width / 4) or packed.dtype != torch.uint8 or scale.numel() not in (1, out):
         raise ValueError(f"packed rows {tuple(packed.shape)} are not of {width} inputs, or scale")
-    if (y := _product_in_c(x, packed, scale, bias)) is not None:
-        return y
-    parts = unpack_ternary(packed, width).split(1024)  # outputs at a time
-    y = torch.cat([x.float() @ part.float().t() for part in parts], dim=-1) * scale.flatten()
-    return (y if bias is None else y + bias).to(x.dtype)
+    y, scale = _product(x, packed), scale.flatten()
+    return (y * scale if bias is None else torch.addcmul(bias, y, scale)).to(x.dtype)
 
 
 class PackedLinear(nn.Module):
@@ -713,9 +705,7 @@ class HalfHead(nn.Module):
         self.weight = weight  # float16 (V, C)
 
     def forward(self, x):  # (..., C) -> (..., V) float32
-        if (y := _product_in_c(x.float(), self.weight)) is not None:
-            return y
-        return torch.cat([x.float() @ part.float().t() for part in self.weight.split(4096)], dim=-1)
+        return _product(x, self.weight)
 
 
 def pack_model(model):
@@ -921,7 +911,6 @@ enum { W = __BIGGEST_ALIGNMENT__ > 32 ? 16 : __BIGGEST_ALIGNMENT__ > 16 ? 8 : 4 
 enum { CODES = W == 16 ? 2 : 1, R = 64 / W };    /* in an index; registers that hold 64 rows */
 typedef float floats __attribute__((vector_size(4 * W)));               /* a register */
 typedef unsigned words __attribute__((vector_size(4 * W), aligned(1)));
-static floats of_codes_0_to_3(float x) { return (floats){0, x, 0, -x}; }
 static float of_half(short half) {      /* its bits at a float's places are 2^-112 of its value */
     union { unsigned bits; float value; } v = {(unsigned)half << 13 & 0x8fffe000};
     return v.value * 0x1p112f;
@@ -935,15 +924,14 @@ void half_product(const float *x, const short *w, float *y, long out, long in) {
         y[r] = sum;
     }
 }
-void ternary_product(const float *x, const words *packed, float *y, const float *scale,
-                     const float *bias, long out, long in, long scales) {
-    words entry; for (int e = 0; e < W; e++) entry[e] = e;
+void ternary_product(const float *x, const words *packed, float *y, long out, long in) {
+    words id; for (int e = 0; e < W; e++) id[e] = e;
     #pragma omp parallel
     {
-        floats sums[in / CODES], *sum = sums;
+        floats sums[in / CODES], *sum = sums;                    /* that codes 0 to 3 make */
         for (long i = 0; i < in; i += CODES, sum++) {
-            *sum = __builtin_shuffle(of_codes_0_to_3(x[i]), entry & 3);
-            if (CODES == 2) *sum += __builtin_shuffle(of_codes_0_to_3(x[i + 1]), entry >> 2);
+            *sum = __builtin_shuffle((floats){0, x[i], 0, -x[i]}, id & 3);
+            if (CODES == 2) *sum += __builtin_shuffle((floats){0, x[i + 1], 0, -x[i + 1]}, id >> 2);
         }
         #pragma omp for
         for (long begin = 0; begin < out; begin += 64) {         /* rows side by side */
@@ -955,8 +943,7 @@ void ternary_product(const float *x, const words *packed, float *y, const float 
                     for (int r = 0; r < R; r++) y64[r] += __builtin_shuffle(*sum, word[r] >> j);
                 for (int r = 0; r < R; r++) __builtin_prefetch(word + 9 * R + r);
             }
-            for (long r = begin, e = 0; e < 64; r++, e++)
-                y[r] = scale[scales > 1 ? r : 0] * y64[e / W][e % W] + (bias ? bias[r] : 0);
+            for (int e = 0; e < 64; e++) y[begin + e] = y64[e / W][e % W];
         }
     }
 }
@@ -974,27 +961,22 @@ def c_library():
             library = ctypes.CDLL(command[-1])
     except (OSError, subprocess.SubprocessError) as error:
         return print(f"tsld: no C ({error}): packed models are slower", file=sys.stderr)
-    library.ternary_product.argtypes = 5 * [ctypes.c_void_p] + 3 * [ctypes.c_long]
-    library.half_product.argtypes = 3 * [ctypes.c_void_p] + 2 * [ctypes.c_long]
+    for name, sizes in {"half_product": 2, "ternary_product": 2}.items():
+        getattr(library, name).argtypes = 3 * [ctypes.c_void_p] + sizes * [ctypes.c_long]
     os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))  # OpenMP's are gone
     return library
 
 
-def _product_in_c(x, weight, scale=None, bias=None):
-    """x (..., in) times packed weights, or a float16 weight where there is no scale; (..., out) in
-    x's dtype. None: not in C, which takes one row of x, packed rows side by side, no gradient."""
-    (out, n), width = weight.shape, x.shape[-1]
-    halves = weight.dtype == torch.float16 and width == n
-    fits = halves if scale is None else _side_by_side(out, n) == (64, 4) and width == 4 * n
-    cpu = x.device.type == weight.device.type == "cpu" and not x.requires_grad
-    if not (fits and cpu and x.numel() == width < 2**15 and c_library()):  # sums go on the stack
-        return None
-    bias = bias if bias is None else bias.expand(out)
-    y, weight = x.new_empty(*x.shape[:-1], out, dtype=torch.float32), weight.contiguous()
-    row, scale, bias = (None if t is None else t.float().contiguous() for t in (x, scale, bias))
-    pointers = [None if t is None else t.data_ptr() for t in (row, weight, y, scale, bias)]
-    if scale is None:
-        c_library().half_product(*pointers[:3], out, width)
-    else:
-        c_library().ternary_product(*pointers, out, width, scale.numel())
-    return y.to(x.dtype)
+def _product(x, weight):
+    """x (..., in) @ the transpose of packed codes, or of a float16 weight: float32 (..., out). C
+    takes one row of x, packed rows side by side, no gradient."""
+    (out, n), width, halves = weight.shape, x.shape[-1], weight.dtype == torch.float16
+    fits = width == n if halves else width == 4 * n and out % 64 == n % 4 == 0
+    cpu = x.is_cpu and weight.is_cpu and weight.is_contiguous() and not x.requires_grad
+    if fits and cpu and x.numel() == width < 2**15 and c_library():  # sums go on the stack
+        row, y = x.float().contiguous(), x.new_empty(*x.shape[:-1], out, dtype=torch.float32)
+        product = c_library().half_product if halves else c_library().ternary_product
+        product(row.data_ptr(), weight.data_ptr(), y.data_ptr(), out, width)
+        return y
+    parts = (weight if halves else unpack_ternary(weight, width)).split(1024)  # outputs at a time
+    return torch.cat([x.float() @ part.float().t() for part in parts], dim=-1)
