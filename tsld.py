@@ -244,13 +244,12 @@ def quantize_model(model, bits=2, granularity="tensor"):
     as in the paper. The new layers hold the parameters of the old ones; only a Conv1D's weight is
     copied, transposed. ValueError: other bits or granularity, or no layer to quantize."""
     fake_quantize(torch.zeros(1, 1), bits, granularity)  # refuses bad arguments before any change
-    heads = _output_heads(model)
-    every = model.named_modules(remove_duplicate=False)  # a layer that is used twice has two names
+    heads, every = _output_heads(model), model.named_modules(remove_duplicate=False)
     every = {n: m for n, m in every if not any(m is head for head in heads)}
     layers = {n: m for n, m in every.items() if isinstance(m, nn.Linear) or is_conv1d(m)}
     if not layers:
         raise ValueError(f"{type(model).__name__} has no linear layer to quantize")
-    for name, old in layers.items():
+    for name, old in layers.items():  # a layer that is used twice has two names
         weight = old.weight
         if is_conv1d(old):
             weight = nn.Parameter(weight.detach().t().contiguous(), weight.requires_grad)
@@ -418,22 +417,21 @@ class GPT(nn.Module):
             raise ValueError(f"temperature {temperature} is below 0, or top_k {top_k} below 1")
         shape = (2, B, config.n_head, T + max_new_tokens, config.n_embd // config.n_head)
         self.eval()
-        columns, start = [ids], 0
+        parts, start = [ids], 0
         with torch.inference_mode():  # a little faster than no_grad
             cache = [self.ln_f.weight.new_zeros(shape).unbind() for _ in self.h]  # keys, values
             for _ in range(max_new_tokens):
-                last = self.hidden(columns[-1], cache, start)[:, -1]  # (B, C)
-                logits = self.lm_head(last).float()  # (B, V)
-                start += columns[-1].shape[1]
+                logits = self.lm_head(self.hidden(parts[-1], cache, start)[:, -1]).float()  # (B, V)
+                start += parts[-1].shape[1]
                 if top_k is not None:
                     least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
                     logits = logits.masked_fill(logits < least, -math.inf)
-                columns.append(logits.argmax(-1, keepdim=True) if temperature == 0 else  # (B, 1)
-                               torch.multinomial((logits / temperature).softmax(-1), 1))
+                parts.append(logits.argmax(-1, keepdim=True) if temperature == 0 else  # (B, 1)
+                             torch.multinomial((logits / temperature).softmax(-1), 1))
                 if on_token is not None:
-                    on_token(columns[-1])
+                    on_token(parts[-1])
         self.train(was_training)
-        return torch.cat(columns, dim=1)
+        return torch.cat(parts, dim=1)
 
     @classmethod
     def from_pretrained(cls, path):
@@ -483,7 +481,6 @@ def _flipped(name, tensor):
 
 
 # ------ 4. Training -------------------------------------------------------------------------------
-
 
 @dataclass
 class TrainConfig:
@@ -863,8 +860,7 @@ class _LeanLoss(torch.autograd.Function):
 
         def log_probabilities(hidden, head, z, ce, piece):  # -> (rows, V), and fills in ce
             z = z[: len(hidden[piece])]  # memory that is used again is faster than new memory
-            out = z if dtype == torch.float32 else None
-            z.copy_(torch.mm(hidden[piece], head.t(), out=out))
+            z.copy_(torch.mm(hidden[piece], head.t(), out=z if dtype == torch.float32 else None))
             torch.log_softmax(z, dim=-1, out=z)
             ce[piece] = -z.gather(1, y[piece])[:, 0]
             return z
