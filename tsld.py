@@ -323,13 +323,19 @@ class Attention(nn.Module):
 
     def forward(self, x, cache=None, start=0, trace=False):
         """x: (B, T, C) -> (B, T, C), and the scores (B, H, T, T) if `trace` asks for them. cache:
-        keys and values, each (B, H, S, C / H), filled in before position `start`; those of x are
-        written from there on. A T above 1 needs start = 0."""
+        keys and values, (2, B, H, S, C / H) in one piece, filled in before position `start`; those
+        of x are written from there on. A T above 1 needs start = 0."""
         B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, C / H)
+        qkv = self.c_attn(x)  # (B, T, 3 C)
+        fits = cache is not None and B == T == 1 and start < cache.shape[3] and not self.training
+        fits = fits and qkv.type() == cache.type() == "torch.FloatTensor" and not qkv.requires_grad
+        if fits and not trace and c_library():  # section 6: torch takes thrice the time
+            y = torch.zeros_like(x)
+            c_library().attention(*(t.data_ptr() for t in (qkv, cache, y)), start, *cache.shape[2:])
+            return self.c_proj(y), None
+        q, k, v = qkv.view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # each (B, H, T, C / H)
         if cache is not None:
-            keys, values = cache
+            keys, values = cache[0], cache[1]
             keys[:, :, start : start + T], values[:, :, start : start + T] = k, v
             k, v = keys[:, :, : start + T], values[:, :, : start + T]
         scores = q @ k.transpose(-2, -1) / math.sqrt(k.shape[-1]) if trace else None
@@ -338,8 +344,7 @@ class Attention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         with torch.autocast("cpu", enabled=False):
             y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, dropout_p=dropout)
-        y = self.c_proj(y.to(x.dtype).transpose(1, 2).reshape(B, T, C))
-        return F.dropout(y, dropout), scores
+        return F.dropout(self.c_proj(y.to(x.dtype).transpose(1, 2).flatten(2)), dropout), scores
 
 
 class Block(nn.Module):
@@ -419,7 +424,7 @@ class GPT(nn.Module):
         self.eval()
         parts, start = [ids], 0
         with torch.inference_mode():  # a little faster than no_grad
-            cache = [self.ln_f.weight.new_zeros(shape).unbind() for _ in self.h]  # keys, values
+            cache = [self.ln_f.weight.new_zeros(shape) for _ in self.h]  # keys, values
             for _ in range(max_new_tokens):
                 logits = self.lm_head(self.hidden(parts[-1], cache, start)[:, -1]).float()  # (B, V)
                 start += parts[-1].shape[1]
@@ -903,6 +908,7 @@ class _LeanLoss(torch.autograd.Function):
 # and one instruction selects for 16 rows at once. A narrower register holds what a single
 # activation gives, 0, x, 0, -x over and over; then the higher bits of an index change nothing.
 C_SOURCE = """
+#include <math.h>
 enum { W = __BIGGEST_ALIGNMENT__ > 32 ? 16 : __BIGGEST_ALIGNMENT__ > 16 ? 8 : 4 };
 enum { CODES = W == 16 ? 2 : 1, R = 64 / W };    /* in an index; registers that hold 64 rows */
 typedef float floats __attribute__((vector_size(4 * W)));               /* a register */
@@ -918,6 +924,22 @@ void half_product(const float *x, const short *w, float *y, long out, long in) {
         #pragma omp simd reduction(+:sum)
         for (long i = 0; i < in; i++) sum += of_half(w[r * in + i]) * x[i];
         y[r] = sum;
+    }
+}
+void attention(float *qkv, float *cache, float *y, long n, long H, long S, long d) {
+    #pragma omp parallel for
+    for (long h = 0; h < H; h++) {
+        float *q = qkv + h * d, *mean = y + h * d, *k = cache + h * S * d, *v = k + H * S * d;
+        float most = -INFINITY, total = 0;    /* highest score; weights, in units of its exp */
+        for (long i = 0; i < d; i++) k[n * d + i] = q[H * d + i], v[n * d + i] = q[2 * H * d + i];
+        for (long t = 0; t <= n; t++, k += d, v += d) {
+            float score = 0, weight;
+            #pragma omp simd reduction(+:score)
+            for (long i = 0; i < d; i++) score += q[i] * k[i];
+            if ((score /= sqrtf(d)) > most) total *= expf(most - score), most = score;
+            total += weight = expf(score - most);
+            for (long i = 0; i < d; i++) mean[i] += weight / total * (v[i] - mean[i]);
+        }
     }
 }
 void ternary_product(const float *x, const words *packed, float *y, long out, long in) {
@@ -951,13 +973,13 @@ def c_library():
     """C_SOURCE, compiled in a fifth of a second; None, and one line on stderr, where that fails."""
     try:
         with tempfile.TemporaryDirectory() as folder:
-            flags = "-O3 -march=native -fopenmp -fPIC -shared -x c - -o"
+            flags = "-O3 -march=native -fopenmp -fPIC -shared -x c - -lm -o"
             command = f"{os.environ.get('CC', 'cc')} {flags}".split() + [f"{folder}/tsld.so"]
             subprocess.run(command, input=C_SOURCE.encode(), capture_output=True, check=True)
             library = ctypes.CDLL(command[-1])
     except (OSError, subprocess.SubprocessError) as error:
-        return print(f"tsld: no C ({error}): packed models are slower", file=sys.stderr)
-    for name, sizes in {"half_product": 2, "ternary_product": 2}.items():
+        return print(f"tsld: no C ({error}): generating is slower", file=sys.stderr)
+    for name, sizes in {"half_product": 2, "ternary_product": 2, "attention": 4}.items():
         getattr(library, name).argtypes = 3 * [ctypes.c_void_p] + sizes * [ctypes.c_long]
     os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))  # OpenMP's are gone
     return library
