@@ -677,8 +677,8 @@ def ternary_matmul(x, packed, scale, bias=None):
     (out, K), width = packed.shape, x.shape[-1]
     if K != math.ceil(width / 4) or packed.dtype != torch.uint8 or scale.numel() not in (1, out):
         raise ValueError(f"packed rows {tuple(packed.shape)} are not of {width} inputs, or scale")
-    y, scale = _product(x, packed), scale.flatten()
-    return (y * scale if bias is None else torch.addcmul(bias, y, scale)).to(x.dtype)
+    y, scale = _product(x.float(), packed), scale.flatten()
+    return (y * scale if bias is None else torch.addcmul(bias, y, scale)).type_as(x)
 
 
 class PackedLinear(nn.Module):
@@ -707,7 +707,7 @@ class HalfHead(nn.Module):
         self.weight = weight  # float16 (V, C)
 
     def forward(self, x):  # (..., C) -> (..., V) float32
-        return _product(x, self.weight)
+        return _product(x.float(), self.weight)
 
 
 def pack_model(model):
@@ -986,15 +986,15 @@ def c_library():
 
 
 def _product(x, weight):
-    """x (..., in) @ the transpose of packed codes, or of a float16 weight: float32 (..., out). C
-    takes one row of x, packed rows side by side, no gradient."""
+    """x (..., in) @ the transpose of packed codes, or of a float16 weight: (..., out), all float32.
+    C takes one row of x, packed rows side by side, no gradient."""
     (out, n), width, halves = weight.shape, x.shape[-1], weight.dtype == torch.float16
     fits = width == n if halves else width == 4 * n and out % 64 == n % 4 == 0
     cpu = x.is_cpu and weight.is_cpu and weight.is_contiguous() and not x.requires_grad
     if fits and cpu and x.numel() == width < 2**15 and c_library():  # sums go on the stack
-        row, y = x.float().contiguous(), x.new_empty(*x.shape[:-1], out, dtype=torch.float32)
+        x, y = x.contiguous(), x.new_empty(*x.shape[:-1], out)
         product = c_library().half_product if halves else c_library().ternary_product
-        product(row.data_ptr(), weight.data_ptr(), y.data_ptr(), out, width)
+        product(x.data_ptr(), weight.data_ptr(), y.data_ptr(), out, width)
         return y
     parts = (weight if halves else unpack_ternary(weight, width)).split(1024)  # outputs at a time
-    return torch.cat([x.float() @ part.float().t() for part in parts], dim=-1)
+    return torch.cat([x @ part.float().t() for part in parts], dim=-1)
