@@ -429,10 +429,10 @@ class GPT(nn.Module):
                 logits = self.lm_head(self.hidden(parts[-1], cache, start)[:, -1]).float()  # (B, V)
                 start += parts[-1].shape[1]
                 if top_k is not None:
-                    least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
-                    logits = logits.masked_fill(logits < least, -math.inf)
-                parts.append(logits.argmax(-1, keepdim=True) if temperature == 0 else  # (B, 1)
-                             torch.multinomial((logits / temperature).softmax(-1), 1))
+                    logits, tokens = logits.topk(min(top_k, logits.shape[-1]))  # each (B, top_k)
+                new = (logits.argmax(-1, keepdim=True) if temperature == 0 else  # (B, 1)
+                       torch.multinomial((logits / temperature).softmax(-1), 1))
+                parts.append(new if top_k is None else tokens.gather(-1, new))
                 if on_token is not None:
                     on_token(parts[-1])
         self.train(was_training)
