@@ -673,12 +673,59 @@ def test_dropout_acts_in_training_alone_and_keeps_the_mean():
     torch.testing.assert_close(mean, mlp.eval()(x)[0], rtol=0.1, atol=0.1)
 
 
-def test_token_by_token_with_a_cache_hidden_is_what_it_is_for_the_whole_sequence():
-    model, ids = micro_gpt(), micro_ids(B=3)
-    cache = [[torch.zeros(3, MICRO.n_head, 8, 6) for _ in "kv"] for _ in range(MICRO.n_layer)]
-    parts = [model.hidden(ids[:, :3], cache)]
-    parts += [model.hidden(ids[:, n : n + 1], cache, n) for n in range(3, 8)]
-    torch.testing.assert_close(torch.cat(parts, 1), model.hidden(ids), rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("product", ["in C", "in PyTorch"], indirect=True)
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("B", [1, 3])
+def test_token_by_token_with_a_cache_hidden_is_what_it_is_for_the_whole_sequence(
+    B, gradient, product
+):
+    model, ids = micro_gpt().eval(), micro_ids(B=B)
+    cache = [torch.zeros(2, B, MICRO.n_head, 8, 6) for _ in range(MICRO.n_layer)]
+    with torch.set_grad_enabled(gradient):
+        parts = [model.hidden(ids[:, :3], cache)]
+        parts += [model.hidden(ids[:, n : n + 1], cache, n) for n in range(3, 8)]
+        whole = model.hidden(ids)
+    assert all(part.requires_grad == gradient for part in parts)
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_the_attention_of_one_token_is_in_c_and_that_of_pytorch(monkeypatch):
+    if not tsld.c_library():
+        pytest.skip("there is no C compiler")
+    for n_head, d, n in ((1, 1, 1), (2, 6, 5), (3, 17, 40), (12, 64, 300)):
+        check_attention_in_c(n_head, d, n, monkeypatch)
+
+
+def check_attention_in_c(n_head, d, n, monkeypatch):
+    """The last of n tokens', with scores of all sizes, is as exact as PyTorch's."""
+    C = n_head * d
+    attention = tsld.Attention(tsld.GPTConfig(n, 8, 1, n_head, C)).eval()
+    attention.c_proj = nn.Identity()
+    for size in (0.1, 1.0, 30.0, 1e6):  # the largest overflows exp by far
+        x, before = randn(1, 1, C), size * randn(2, 1, n_head, n, d, seed=1)
+        with torch.inference_mode():
+            cache, same = before.clone(), before.clone()
+            with monkeypatch.context() as patch:
+                patch.setattr(F, "scaled_dot_product_attention", None)  # the other way is not taken
+                got, _ = attention(x, cache, n - 1)
+            exact, _ = attention.double()(x.double(), same.double(), n - 1)
+            attention.float()
+            with monkeypatch.context() as patch:
+                patch.setattr(tsld, "c_library", lambda: None)
+                torchs, _ = attention(x, same, n - 1)
+        assert torch.equal(cache, same) and got.shape == (1, 1, C)
+        bound = 1e-6 * before.abs().max() + 2 * (torchs - exact).abs().max()
+        assert (got - exact).abs().max() <= bound
+
+
+def test_a_cache_that_is_full_or_of_another_dtype_is_not_left_to_c(monkeypatch):
+    attention = tsld.Attention(tsld.GPTConfig(8, 8, 1, 2, 12)).eval()
+    monkeypatch.setattr(tsld, "c_library", lambda: pytest.fail("C is called"))
+    with torch.inference_mode():
+        attention(randn(1, 1, 12), torch.zeros(2, 1, 2, 8, 6), 8)
+        attention.double()(randn(1, 1, 12).double(), torch.zeros(2, 1, 2, 8, 6).double(), 0)
+        attention.float()(randn(2, 1, 12), torch.zeros(2, 2, 2, 8, 6), 0)
+        attention(randn(1, 1, 12), torch.zeros(2, 1, 2, 8, 6), 0, trace=True)[1].sum()
 
 
 def test_generated_tokens_can_be_trained_on():
@@ -1383,6 +1430,7 @@ def test_the_product_in_c_is_right_with_registers_of_every_width(processor, tmp_
             got = tsld.ternary_matmul(x, tsld.pack_ternary(codes), scale, b)
             exact = x.double() @ (scale.double() * codes).t() + (0.0 if b is None else b.double())
             assert (got - exact).abs().max() <= 1e-6 * x.abs().sum()
+    check_attention_in_c(2, 24, 30, monkeypatch)
 
 
 @pytest.mark.parametrize("compiler", ["cc", "/nowhere/cc", "false", "no folder"])
@@ -2670,6 +2718,20 @@ def test_free_answers_are_the_models_own_greedy_text(small_vocabulary, monkeypat
         examples.append(tasks.Example(prompt, (decode(new.tolist()),), 0))
     scores = tasks.evaluate_task(model, spy, examples, 32, shown.append)[-1]
     assert scores == {"accuracy": 1.0} and any("answered" in line for line in shown)
+
+
+def test_a_prompt_is_cut_where_the_block_cannot_predict_every_token_after_the_first(
+    small_vocabulary,
+):
+    (example,) = QUESTIONS[:1]
+    length = max(
+        len(small_vocabulary.encode_ordinary(f"{example.prompt} {text}"))
+        for text in example.choices
+    )
+    for block_size, cut in ((length, 0), (length - 1, 0), (length - 2, 1)):
+        model = task_model(block_size)
+        found = tasks.evaluate_task(model, small_vocabulary, [example], block_size)
+        assert found[2] == cut
 
 
 def test_an_answer_that_no_block_can_hold_is_refused(small_vocabulary):

@@ -245,13 +245,12 @@ def quantize_model(model, bits=2, granularity="tensor"):
     as in the paper. The new layers hold the parameters of the old ones; only a Conv1D's weight is
     copied, transposed. ValueError: other bits or granularity, or no layer to quantize."""
     fake_quantize(torch.zeros(1, 1), bits, granularity)  # refuses bad arguments before any change
-    heads = _output_heads(model)
-    every = model.named_modules(remove_duplicate=False)  # a layer that is used twice has two names
+    heads, every = _output_heads(model), model.named_modules(remove_duplicate=False)
     every = {n: m for n, m in every if not any(m is head for head in heads)}
     layers = {n: m for n, m in every.items() if isinstance(m, nn.Linear) or is_conv1d(m)}
     if not layers:
         raise ValueError(f"{type(model).__name__} has no linear layer to quantize")
-    for name, old in layers.items():
+    for name, old in layers.items():  # a layer that is used twice has two names
         weight = old.weight
         if is_conv1d(old):
             weight = nn.Parameter(weight.detach().t().contiguous(), weight.requires_grad)
@@ -325,13 +324,19 @@ class Attention(nn.Module):
 
     def forward(self, x, cache=None, start=0, trace=False):
         """x: (B, T, C) -> (B, T, C), and the scores (B, H, T, T) if `trace` asks for them. cache:
-        keys and values, each (B, H, S, C / H), filled in before position `start`; those of x are
-        written from there on. A T above 1 needs start = 0."""
+        keys and values, (2, B, H, S, C / H) in one piece, filled in before position `start`; those
+        of x are written from there on. A T above 1 needs start = 0."""
         B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, C / H)
+        qkv = self.c_attn(x)  # (B, T, 3 C)
+        fits = cache is not None and B == T == 1 and start < cache.shape[3] and not self.training
+        fits = fits and qkv.type() == cache.type() == "torch.FloatTensor" and not qkv.requires_grad
+        if fits and not trace and c_library():  # section 6: torch takes thrice the time
+            y = torch.zeros_like(x)
+            c_library().attention(*(t.data_ptr() for t in (qkv, cache, y)), start, *cache.shape[2:])
+            return self.c_proj(y), None
+        q, k, v = qkv.view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # each (B, H, T, C / H)
         if cache is not None:
-            keys, values = cache
+            keys, values = cache[0], cache[1]
             keys[:, :, start : start + T], values[:, :, start : start + T] = k, v
             k, v = keys[:, :, : start + T], values[:, :, : start + T]
         scores = q @ k.transpose(-2, -1) / math.sqrt(k.shape[-1]) if trace else None
@@ -340,8 +345,7 @@ class Attention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         with torch.autocast("cpu", enabled=False):
             y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, dropout_p=dropout)
-        y = self.c_proj(y.to(x.dtype).transpose(1, 2).reshape(B, T, C))
-        return F.dropout(y, dropout), scores
+        return F.dropout(self.c_proj(y.to(x.dtype).transpose(1, 2).flatten(2)), dropout), scores
 
 
 class Block(nn.Module):
@@ -420,22 +424,21 @@ class GPT(nn.Module):
             raise ValueError(f"temperature {temperature} is below 0, or top_k {top_k} below 1")
         shape = (2, B, config.n_head, T + max_new_tokens, config.n_embd // config.n_head)
         self.eval()
-        columns, start = [ids], 0
+        parts, start = [ids], 0
         with torch.inference_mode():  # a little faster than no_grad
-            cache = [self.ln_f.weight.new_zeros(shape).unbind() for _ in self.h]  # keys, values
+            cache = [self.ln_f.weight.new_zeros(shape) for _ in self.h]  # keys, values
             for _ in range(max_new_tokens):
-                last = self.hidden(columns[-1], cache, start)[:, -1]  # (B, C)
-                logits = self.lm_head(last).float()  # (B, V)
-                start += columns[-1].shape[1]
+                logits = self.lm_head(self.hidden(parts[-1], cache, start)[:, -1]).float()  # (B, V)
+                start += parts[-1].shape[1]
                 if top_k is not None:
-                    least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
-                    logits = logits.masked_fill(logits < least, -math.inf)
-                columns.append(logits.argmax(-1, keepdim=True) if temperature == 0 else  # (B, 1)
-                               torch.multinomial((logits / temperature).softmax(-1), 1))
+                    logits, tokens = logits.topk(min(top_k, logits.shape[-1]))  # each (B, top_k)
+                new = (logits.argmax(-1, keepdim=True) if temperature == 0 else  # (B, 1)
+                       torch.multinomial((logits / temperature).softmax(-1), 1))
+                parts.append(new if top_k is None else tokens.gather(-1, new))
                 if on_token is not None:
-                    on_token(columns[-1])
+                    on_token(parts[-1])
         self.train(was_training)
-        return torch.cat(columns, dim=1)
+        return torch.cat(parts, dim=1)
 
     @classmethod
     def from_pretrained(cls, path):
@@ -650,19 +653,14 @@ def pack_ternary(codes):
     (out, width), K = codes.shape, math.ceil(codes.shape[1] / 4)
     bits = F.pad(codes & 3, (0, 4 * K - width)).to(torch.uint8).view(out, K, 4)
     packed = sum(bits[:, :, j] << 2 * j for j in range(4))  # (out, K)
-    rows, size = _side_by_side(out, K)
+    rows, size = (64, 4) if out % 64 == K % 4 == 0 else (1, 1)  # side by side, bytes at a time
     return packed.view(-1, rows, K // size, size).transpose(1, 2).reshape(out, K)
-
-
-def _side_by_side(out, K):
-    """How many rows stand side by side, and how many bytes of each at a time."""
-    return (64, 4) if out % 64 == 0 and K % 4 == 0 else (1, 1)
 
 
 def unpack_ternary(packed, in_features):
     """packed: uint8 (out, ceil(in / 4)) -> codes, int8 (out, in)."""
     out, K = packed.shape
-    rows, size = _side_by_side(out, K)
+    rows, size = (64, 4) if out % 64 == K % 4 == 0 else (1, 1)  # side by side, bytes at a time
     packed = packed.reshape(-1, K // size, rows, size).transpose(1, 2).reshape(out, K)
     codes = [(packed << 6 - 2 * j).view(torch.int8) >> 6 for j in range(4)]  # >> keeps the sign
     return torch.stack(codes, dim=2).view(out, 4 * K)[:, :in_features]
@@ -673,16 +671,12 @@ def ternary_matmul(x, packed, scale, bias=None):
     x: (..., in), any float dtype; packed: uint8 (out, ceil(in / 4)); scale: float32, (1, 1) or
     (out, 1); bias: (out,) or None. Returns (..., out) in x's dtype, accumulated in float32.
     ValueError: other shapes. For one row of x, reading the weights dominates the time: C (section
-    6) adds and subtracts. For many rows, and where C is not to be had, the dense product of a few
-    unpacked outputs at a time is faster, though it multiplies by -1, 0 and 1."""
+    6) adds and subtracts. For many rows, or without C, a dense product multiplies by -1, 0, 1."""
     (out, K), width = packed.shape, x.shape[-1]
     if K != math.ceil(width / 4) or packed.dtype != torch.uint8 or scale.numel() not in (1, out):
         raise ValueError(f"packed rows {tuple(packed.shape)} are not of {width} inputs, or scale")
-    if (y := _product_in_c(x, packed, scale, bias)) is not None:
-        return y
-    parts = unpack_ternary(packed, width).split(1024)  # outputs at a time
-    y = torch.cat([x.float() @ part.float().t() for part in parts], dim=-1) * scale.flatten()
-    return (y if bias is None else y + bias).to(x.dtype)
+    y, scale = _product(x.float(), packed), scale.flatten()
+    return (y * scale if bias is None else torch.addcmul(bias, y, scale)).type_as(x)
 
 
 class PackedLinear(nn.Module):
@@ -711,9 +705,7 @@ class HalfHead(nn.Module):
         self.weight = weight  # float16 (V, C)
 
     def forward(self, x):  # (..., C) -> (..., V) float32
-        if (y := _product_in_c(x.float(), self.weight)) is not None:
-            return y
-        return torch.cat([x.float() @ part.float().t() for part in self.weight.split(4096)], dim=-1)
+        return _product(x.float(), self.weight)
 
 
 def pack_model(model):
@@ -873,8 +865,7 @@ class _LeanLoss(torch.autograd.Function):
 
         def log_probabilities(hidden, head, z, ce, piece):  # -> (rows, V), and fills in ce
             z = z[: len(hidden[piece])]  # memory that is used again is faster than new memory
-            out = z if dtype == torch.float32 else None
-            z.copy_(torch.mm(hidden[piece], head.t(), out=out))
+            z.copy_(torch.mm(hidden[piece], head.t(), out=z if dtype == torch.float32 else None))
             torch.log_softmax(z, dim=-1, out=z)
             ce[piece] = -z.gather(1, y[piece])[:, 0]
             return z
@@ -917,11 +908,11 @@ class _LeanLoss(torch.autograd.Function):
 # and one instruction selects for 16 rows at once. A narrower register holds what a single
 # activation gives, 0, x, 0, -x over and over; then the higher bits of an index change nothing.
 C_SOURCE = """
+#include <math.h>
 enum { W = __BIGGEST_ALIGNMENT__ > 32 ? 16 : __BIGGEST_ALIGNMENT__ > 16 ? 8 : 4 };
 enum { CODES = W == 16 ? 2 : 1, R = 64 / W };    /* in an index; registers that hold 64 rows */
 typedef float floats __attribute__((vector_size(4 * W)));               /* a register */
 typedef unsigned words __attribute__((vector_size(4 * W), aligned(1)));
-static floats of_codes_0_to_3(float x) { return (floats){0, x, 0, -x}; }
 static float of_half(short half) {      /* its bits at a float's places are 2^-112 of its value */
     union { unsigned bits; float value; } v = {(unsigned)half << 13 & 0x8fffe000};
     return v.value * 0x1p112f;
@@ -935,15 +926,30 @@ void half_product(const float *x, const short *w, float *y, long out, long in) {
         y[r] = sum;
     }
 }
-void ternary_product(const float *x, const words *packed, float *y, const float *scale,
-                     const float *bias, long out, long in, long scales) {
-    words entry; for (int e = 0; e < W; e++) entry[e] = e;
+void attention(float *qkv, float *cache, float *y, long n, long H, long S, long d) {
+    #pragma omp parallel for
+    for (long h = 0; h < H; h++) {
+        float *q = qkv + h * d, *mean = y + h * d, *k = cache + h * S * d, *v = k + H * S * d;
+        float most = -INFINITY, total = 0;    /* highest score; weights, in units of its exp */
+        for (long i = 0; i < d; i++) k[n * d + i] = q[H * d + i], v[n * d + i] = q[2 * H * d + i];
+        for (long t = 0; t <= n; t++, k += d, v += d) {
+            float score = 0, weight;
+            #pragma omp simd reduction(+:score)
+            for (long i = 0; i < d; i++) score += q[i] * k[i];
+            if ((score /= sqrtf(d)) > most) total *= expf(most - score), most = score;
+            total += weight = expf(score - most);
+            for (long i = 0; i < d; i++) mean[i] += weight / total * (v[i] - mean[i]);
+        }
+    }
+}
+void ternary_product(const float *x, const words *packed, float *y, long out, long in) {
+    words id; for (int e = 0; e < W; e++) id[e] = e;
     #pragma omp parallel
     {
-        floats sums[in / CODES], *sum = sums;
+        floats sums[in / CODES], *sum = sums;                    /* that codes 0 to 3 make */
         for (long i = 0; i < in; i += CODES, sum++) {
-            *sum = __builtin_shuffle(of_codes_0_to_3(x[i]), entry & 3);
-            if (CODES == 2) *sum += __builtin_shuffle(of_codes_0_to_3(x[i + 1]), entry >> 2);
+            *sum = __builtin_shuffle((floats){0, x[i], 0, -x[i]}, id & 3);
+            if (CODES == 2) *sum += __builtin_shuffle((floats){0, x[i + 1], 0, -x[i + 1]}, id >> 2);
         }
         #pragma omp for
         for (long begin = 0; begin < out; begin += 64) {         /* rows side by side */
@@ -955,8 +961,7 @@ void ternary_product(const float *x, const words *packed, float *y, const float 
                     for (int r = 0; r < R; r++) y64[r] += __builtin_shuffle(*sum, word[r] >> j);
                 for (int r = 0; r < R; r++) __builtin_prefetch(word + 9 * R + r);
             }
-            for (long r = begin, e = 0; e < 64; r++, e++)
-                y[r] = scale[scales > 1 ? r : 0] * y64[e / W][e % W] + (bias ? bias[r] : 0);
+            for (int e = 0; e < 64; e++) y[begin + e] = y64[e / W][e % W];
         }
     }
 }
@@ -968,33 +973,28 @@ def c_library():
     """C_SOURCE, compiled in a fifth of a second; None, and one line on stderr, where that fails."""
     try:
         with tempfile.TemporaryDirectory() as folder:
-            flags = "-O3 -march=native -fopenmp -fPIC -shared -x c - -o"
+            flags = "-O3 -march=native -fopenmp -fPIC -shared -x c - -lm -o"
             command = f"{os.environ.get('CC', 'cc')} {flags}".split() + [f"{folder}/tsld.so"]
             subprocess.run(command, input=C_SOURCE.encode(), capture_output=True, check=True)
             library = ctypes.CDLL(command[-1])
     except (OSError, subprocess.SubprocessError) as error:
-        return print(f"tsld: no C ({error}): packed models are slower", file=sys.stderr)
-    library.ternary_product.argtypes = 5 * [ctypes.c_void_p] + 3 * [ctypes.c_long]
-    library.half_product.argtypes = 3 * [ctypes.c_void_p] + 2 * [ctypes.c_long]
+        return print(f"tsld: no C ({error}): generating is slower", file=sys.stderr)
+    for name, sizes in {"half_product": 2, "ternary_product": 2, "attention": 4}.items():
+        getattr(library, name).argtypes = 3 * [ctypes.c_void_p] + sizes * [ctypes.c_long]
     os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))  # OpenMP's are gone
     return library
 
 
-def _product_in_c(x, weight, scale=None, bias=None):
-    """x (..., in) times packed weights, or a float16 weight where there is no scale; (..., out) in
-    x's dtype. None: not in C, which takes one row of x, packed rows side by side, no gradient."""
-    (out, n), width = weight.shape, x.shape[-1]
-    halves = weight.dtype == torch.float16 and width == n
-    fits = halves if scale is None else _side_by_side(out, n) == (64, 4) and width == 4 * n
-    cpu = x.device.type == weight.device.type == "cpu" and not x.requires_grad
-    if not (fits and cpu and x.numel() == width < 2**15 and c_library()):  # sums go on the stack
-        return None
-    bias = bias if bias is None else bias.expand(out)
-    y, weight = x.new_empty(*x.shape[:-1], out, dtype=torch.float32), weight.contiguous()
-    row, scale, bias = (None if t is None else t.float().contiguous() for t in (x, scale, bias))
-    pointers = [None if t is None else t.data_ptr() for t in (row, weight, y, scale, bias)]
-    if scale is None:
-        c_library().half_product(*pointers[:3], out, width)
-    else:
-        c_library().ternary_product(*pointers, out, width, scale.numel())
-    return y.to(x.dtype)
+def _product(x, weight):
+    """x (..., in) @ the transpose of packed codes, or of a float16 weight: (..., out), all float32.
+    C takes one row of x, packed rows side by side, no gradient."""
+    (out, n), width, halves = weight.shape, x.shape[-1], weight.dtype == torch.float16
+    fits = width == n if halves else width == 4 * n and out % 64 == n % 4 == 0
+    cpu = x.is_cpu and weight.is_cpu and weight.is_contiguous() and not x.requires_grad
+    if fits and cpu and x.numel() == width < 2**15 and c_library():  # sums go on the stack
+        x, y = x.contiguous(), x.new_empty(*x.shape[:-1], out)
+        product = c_library().half_product if halves else c_library().ternary_product
+        product(x.data_ptr(), weight.data_ptr(), y.data_ptr(), out, width)
+        return y
+    parts = (weight if halves else unpack_ternary(weight, width)).split(1024)  # outputs at a time
+    return torch.cat([x @ part.float().t() for part in parts], dim=-1)
