@@ -791,7 +791,7 @@ def load_model(path, into=None):
         if sum(t.nbytes for t in tensors.values()) > os.path.getsize(path):
             raise ValueError("its tensors are larger than the file")
         unused = any((p.packed >> 1 & ~p.packed & 0x55).any() for p in packed.values())  # code 10
-        if unused or not all(t.isfinite().all() for t in tensors.values()):
+        if unused or not all(x.isfinite() for t in tensors.values() for x in t.aminmax()):
             raise ValueError("its tensors are not finite, or hold another code than -1, 0 and +1")
     for name, layer in packed.items():
         model.set_submodule(name, layer)
