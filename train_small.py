@@ -153,8 +153,8 @@ def set_up(args):
 
 
 def score(setup, model, parts=("valid", "test")):
-    """Part to perplexity per token and bits per byte. Of a task there is one part, the right
-    answers alone count, and accuracies come with them. TrainingDiverged: it is not finite."""
+    """Each part's perplexity per token and bits per byte. A task has one part: only its right
+    answers count, and its accuracies are added. TrainingDiverged: a loss is not finite."""
     model, scores, tokenizer = spread(model, setup.device), {}, setup.source.tokenizer
     block_size, more = setup.student.block_size, {}
     for part in parts[:1] if setup.examples else parts:
@@ -592,7 +592,8 @@ def spread(model, device):
         fsdp.fully_shard(block)
     fsdp.fully_shard(model)
     if isinstance(model, GPT):
-        fsdp.register_fsdp_forward_method(model, "hidden")  # lean_loss calls it, not the model
+        for name in ("hidden", "generate"):  # what lean_loss and GSM8K's answers take
+            fsdp.register_fsdp_forward_method(model, name)
     return model
 
 
@@ -602,9 +603,11 @@ def first_process_first():
     rank, world = processes()
     if world > 1 and rank > 0:
         dist.barrier()
-    yield
-    if world > 1 and rank == 0:
-        dist.barrier()
+    try:
+        yield
+    finally:  # where the first one fails, the others fail by themselves
+        if world > 1 and rank == 0:
+            dist.barrier()
 
 
 @contextmanager

@@ -101,7 +101,7 @@ def per_token_terms(student_logits, teacher_logits, targets):
     logits = (getattr(z, "logits", z).float() for z in (student_logits, teacher_logits))
     log_p_student, log_p_teacher = (z.log_softmax(-1) for z in logits)  # each (B, T, V)
     log_p_teacher = log_p_teacher.detach()
-    if {z.shape[:-1] for z in (log_p_student, log_p_teacher)} != {targets.shape}:
+    if not log_p_student.shape == log_p_teacher.shape == (*targets.shape, log_p_student.shape[-1]):
         raise ValueError(f"the logits are not of targets of shape {tuple(targets.shape)}")
     true = targets[..., None]  # (B, T, 1)
     ce_student = -log_p_student.gather(-1, true).squeeze(-1)
@@ -328,9 +328,9 @@ class Attention(nn.Module):
         of x are written from there on. A T above 1 needs start = 0."""
         B, T, C = x.shape
         qkv = self.c_attn(x)  # (B, T, 3 C)
-        fits = cache is not None and B == T == 1 and start < cache.shape[3] and not self.training
-        fits = fits and qkv.type() == cache.type() == "torch.FloatTensor" and not qkv.requires_grad
-        if fits and not trace and c_library():  # section 6: torch takes thrice the time
+        in_c = cache is not None and B == T == 1 and start < cache.shape[3] and not self.training
+        in_c = in_c and qkv.type() == cache.type() == "torch.FloatTensor" and not qkv.requires_grad
+        if in_c and not trace and c_library():  # one token, as below in a third of the time
             y = torch.zeros_like(x)
             c_library().attention(*(t.data_ptr() for t in (qkv, cache, y)), start, *cache.shape[2:])
             return self.c_proj(y), None
@@ -587,6 +587,7 @@ def train(student, tokens, config, teacher=None, optimizer=None, start=0):
         lr, loss = learning_rate(step, config), 0.0
         for group in optimizer.param_groups:
             group["lr"] = lr
+        optimizer.zero_grad()
         share = (t[rank::world].to(device).chunk(config.accumulate) for t in (ids, targets))
         for part in zip(*share):
             with torch.autocast(device.type, dtype, dtype != torch.float32):
@@ -602,7 +603,6 @@ def train(student, tokens, config, teacher=None, optimizer=None, start=0):
             where = f"step {step + 1}, learning rate {lr:.2e}"
             raise TrainingDiverged(f"loss {loss}, gradient of norm {norm} at {where}")
         optimizer.step()
-        optimizer.zero_grad()
         yield step + 1, loss
     student.eval()
 
@@ -638,7 +638,7 @@ def bits_per_byte(nats_per_token, tokens, bytes):
 # The paper promises 16 times less memory than FP32 and a product without multiplications. A code
 # takes the two lowest bits of its two's complement, 0 = 00, +1 = 01, -1 = 11: the low bit says "not
 # zero", the high one "negative". A row takes K = ceil(in / 4) bytes, code 4k + j in bits 2j and
-# 2j + 1 of byte k. Where the rows are a multiple of 64 and K one of 4, 64 rows stand side by side:
+# 2j + 1 of byte k. Where the rows are a multiple of 64, and K of 4, 64 rows stand side by side:
 # the first 4 bytes of each of them, then the next 4, so that one read serves many outputs.
 
 def pack_ternary(codes):
@@ -674,7 +674,7 @@ def ternary_matmul(x, packed, scale, bias=None):
     6) adds and subtracts. For many rows, or without C, a dense product multiplies by -1, 0, 1."""
     (out, K), width = packed.shape, x.shape[-1]
     if K != math.ceil(width / 4) or packed.dtype != torch.uint8 or scale.numel() not in (1, out):
-        raise ValueError(f"packed rows {tuple(packed.shape)} are not of {width} inputs, or scale")
+        raise ValueError(f"packed {packed.shape} or scale {scale.shape} do not fit {width} inputs")
     y, scale = _product(x.float(), packed), scale.flatten()
     return (y * scale if bias is None else torch.addcmul(bias, y, scale)).type_as(x)
 
@@ -798,7 +798,7 @@ def load_model(path, into=None):
     model.load_state_dict(tensors, strict=False, assign=into is None)  # not strict: tied ones once
     if into is None:
         model.lm_head = HalfHead(model.wte.weight)
-    return model.requires_grad_(False).eval()
+    return model.cpu().requires_grad_(False).eval()
 
 
 def write_file(path, content):
@@ -880,7 +880,7 @@ class _LeanLoss(torch.autograd.Function):
                     P = log_probabilities(ht, wt, scratch[1], ce_teacher, piece)
                     P = torch.softmax(P, dim=-1, out=P)  # exp, but faster on CPUs
                     kd[piece] = -torch.einsum("ni,ni->n", P, log_p)
-                with torch.enable_grad():  # a = ∂L/∂kd, b = ∂L/∂ce_student: at 0, as L is linear
+                with torch.enable_grad():  # a = ∂L/∂kd, b = ∂L/∂ce_student: L is linear in both
                     x = torch.zeros(2, B, T, device=hs.device, requires_grad=True)
                     terms = Terms(x[1], ce_teacher.view(B, T), x[0])
                     (ab,) = torch.autograd.grad(distillation_loss(name, terms, *setting), x)
@@ -903,10 +903,10 @@ class _LeanLoss(torch.autograd.Function):
         return *(x * grad_loss for x in ctx.gradients), *[None] * 6
 
 
-# The product in C looks sums up. Two codes make an index below 16, into a table of sums that two
-# activations can give: 0, x_0, (unused), -x_0, x_1, x_0 + x_1, ... A register of 512 bits holds it,
-# and one instruction selects for 16 rows at once. A narrower register holds what a single
-# activation gives, 0, x, 0, -x over and over; then the higher bits of an index change nothing.
+# The product in C looks sums up. Two codes (CODES = 2) make an index below 16, into a table of sums
+# that two activations can give: 0, x_0, (unused), -x_0, x_1, x_0 + x_1, ... A register of 512 bits
+# holds it, and one instruction selects for 16 rows at once. A narrower register (CODES = 1) holds
+# what one activation gives, 0, x, 0, -x over and over; the higher bits of an index change nothing.
 C_SOURCE = """
 #include <math.h>
 enum { W = __BIGGEST_ALIGNMENT__ > 32 ? 16 : __BIGGEST_ALIGNMENT__ > 16 ? 8 : 4 };
@@ -930,15 +930,15 @@ void attention(float *qkv, float *cache, float *y, long n, long H, long S, long 
     #pragma omp parallel for
     for (long h = 0; h < H; h++) {
         float *q = qkv + h * d, *mean = y + h * d, *k = cache + h * S * d, *v = k + H * S * d;
-        float most = -INFINITY, total = 0;    /* highest score; weights, in units of its exp */
+        float most = -INFINITY, total = 0;  /* highest score so far; sum of exp(score - most) */
         for (long i = 0; i < d; i++) k[n * d + i] = q[H * d + i], v[n * d + i] = q[2 * H * d + i];
         for (long t = 0; t <= n; t++, k += d, v += d) {
-            float score = 0, weight;
+            float score = 0;
             #pragma omp simd reduction(+:score)
             for (long i = 0; i < d; i++) score += q[i] * k[i];
             if ((score /= sqrtf(d)) > most) total *= expf(most - score), most = score;
-            total += weight = expf(score - most);
-            for (long i = 0; i < d; i++) mean[i] += weight / total * (v[i] - mean[i]);
+            float weight = expf(score - most), share = weight / (total += weight);
+            for (long i = 0; i < d; i++) mean[i] += share * (v[i] - mean[i]);   /* from 0 on */
         }
     }
 }
@@ -953,7 +953,7 @@ void ternary_product(const float *x, const words *packed, float *y, long out, lo
         }
         #pragma omp for
         for (long begin = 0; begin < out; begin += 64) {         /* rows side by side */
-            const words *word = packed + begin / 64 * in / 16 * R;
+            const words *word = packed + begin / 64 * (in / 16) * R;    /* in / 16 words a row */
             floats y64[R] = {0};
             for (sum = sums; sum < sums + in / CODES; word += R) {
                 #pragma GCC unroll 16
@@ -986,15 +986,15 @@ def c_library():
 
 
 def _product(x, weight):
-    """x (..., in) @ the transpose of packed codes, or of a float16 weight: (..., out), all float32.
-    C takes one row of x, packed rows side by side, no gradient."""
-    (out, n), width, halves = weight.shape, x.shape[-1], weight.dtype == torch.float16
-    fits = width == n if halves else width == 4 * n and out % 64 == n % 4 == 0
+    """x (..., in) @ weight.T, float32 (..., out); weight: packed codes, or numbers (out, in). In C:
+    one row of x, on the CPU, no gradient; packed rows side by side, or a float16 weight."""
+    (out, n), width, packed = weight.shape, x.shape[-1], weight.dtype == torch.uint8
+    fits = {torch.uint8: width == 4 * n < 2**15 and out % 64 == n % 4 == 0, torch.float16: width == n}
     cpu = x.is_cpu and weight.is_cpu and weight.is_contiguous() and not x.requires_grad
-    if fits and cpu and x.numel() == width < 2**15 and c_library():  # sums go on the stack
+    if fits.get(weight.dtype) and cpu and x.numel() == width and c_library():  # sums on the stack
         x, y = x.contiguous(), x.new_empty(*x.shape[:-1], out)
-        product = c_library().half_product if halves else c_library().ternary_product
+        product = c_library().ternary_product if packed else c_library().half_product
         product(x.data_ptr(), weight.data_ptr(), y.data_ptr(), out, width)
         return y
-    parts = (weight if halves else unpack_ternary(weight, width)).split(1024)  # outputs at a time
+    parts = (unpack_ternary(weight, width) if packed else weight).split(1024)  # outputs at a time
     return torch.cat([x @ part.float().t() for part in parts], dim=-1)

@@ -1,6 +1,7 @@
 """Models and tokenizers of other programs. GPT-2's published weights and causal language models of
-transformers come in; a packed student goes out, as GPT-2's published format with a tokenizer.json, or in the format of the model
-that it was made from. Its ternary matrices are then numbers, at most three different ones each."""
+transformers come in; a packed student goes out, as GPT-2's published format with a tokenizer.json,
+or in the format of the model that it was made from. Its ternary matrices are then numbers, at most
+three different ones each."""
 
 import importlib.util
 import json
@@ -37,7 +38,7 @@ class TheirTokenizer:
         self.encode_ordinary = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
         self.decode_bytes = lambda ids: tokenizer.decode(ids).encode()
         known = tokenizer.eos_token_id is not None
-        self.end_of_text = tokenizer.eos_token_id if known else self.encode_ordinary("\n")[-1]
+        self.end_of_text = tokenizer.eos_token_id if known else self.encode_ordinary("\0")[-1]
 
 
 def load_theirs(name, eager=False):

@@ -4,8 +4,8 @@ of its students at 2 and 4 bits.
     python -m data.evidence.accuracy --task sst2 --seed 0    # one more seed of the students
     python -m data.evidence.accuracy draw                    # all rows as tables
 
-fills accuracy-SEED.json. It may be stopped and started again: rows that are there stay. Seeds share
-their teacher: the first one trains it, and the others find it in --out."""
+fills accuracy-SEED.json. It may be stopped and started again: rows of the same teacher and setting
+stay. Seeds share their teacher, which the first one trains: start the others after that."""
 
 import collections
 import copy
@@ -19,9 +19,10 @@ import tsld
 from data.evidence.regimes import mean_and_spread
 from data.evidence.table import FOLDER, where_and_when
 from data.files import read_json
+from tsld import TrainConfig
 
 BITS = (2, 4)
-# The loss, and the weight of the ground truth that TSLD adds; 1/4 is how the authors run it.
+# Loss, and the ground truth's weight in TSLD; the authors run 1/4.
 STUDENTS = (("logit", 0.0), ("logit_gt", 0.0), ("tsld", 0.0), ("tsld", 0.25))
 TAKES = {"task", "model", "seed", "teacher-steps", "steps", "student-tokens", "batch-size"}
 TAKES |= {"out", "device", "dtype"}
@@ -36,30 +37,40 @@ def main(argv):
     setup, path = train_small.set_up(args), FOLDER / f"accuracy-{seed}.json"
     rows, teacher = read_json(path, []), train_small.train_teacher(setup)
     of = {"task": args.task, "model": Path(setup.source.name).name, "seed": seed}
-    of |= {"teacher_steps": setup.teacher.steps, "steps": setup.student.steps}
-    wanted = [of | {"bits": b, "loss": x, "gt_weight": w} for x, w in STUDENTS for b in BITS]
+    of |= {"teacher": train_small.teacher_path(setup).stem, "teacher_steps": setup.teacher.steps}
+    of |= {"student_tokens": len(setup.tokens["student"]), "steps": setup.student.steps}
+    wanted = [(of | {"loss": x, "gt_weight": w, "bits": b}) for x, w in STUDENTS for b in BITS]
+    wanted = [row | {"config": config_of(setup, row)} for row in wanted]
     wanted = [row for row in wanted if not any(row.items() <= there.items() for there in rows)]
+    if not wanted:
+        return draw()
     known = {"teacher": train_small.score(setup, teacher)["valid"]}
     frozen = train_small.frozen_teacher(setup, teacher, {"valid": known["teacher"]})
     for number, row in enumerate(wanted, 1):
-        print(f"{number} of {len(wanted)}: {row}", flush=True)
-        student = tsld.quantize_model(copy.deepcopy(teacher), row["bits"])
-        if row["bits"] not in known:
-            known[row["bits"]] = train_small.score(setup, student)["valid"]
-        config = replace(setup.student, loss=row["loss"], seed=seed, gt_weight=row["gt_weight"])
-        config.temperature = tsld.TrainConfig.temperature  # the paper's
-        config.lr = train_small.student_lr(setup.source.preset, row["bits"])
-        name = f"{args.task}-seed-{seed}"
+        bits = row["bits"]
+        print(
+            f"{number} of {len(wanted)}: {bits} bits, {row['loss']}, {row['gt_weight']}", flush=True
+        )
+        student = tsld.quantize_model(copy.deepcopy(teacher), bits)
+        if bits not in known:
+            known[bits] = train_small.score(setup, student)["valid"]
+        name, config = f"{args.task}-seed-{seed}", TrainConfig(**row["config"])
         _, scores = train_small.train_student(setup, student, config, frozen, name)
         for file in Path(args.out).glob(f"student-{name}.*pt"):
-            file.unlink()  # its row is all that is needed
-        found = {"teacher": known["teacher"], "rounded": known[row["bits"]]} | {
-            "student": scores["valid"]
-        }
+            file.unlink(missing_ok=True)  # its row is all that is needed
+        found = {"teacher": known["teacher"], "rounded": known[bits], "student": scores["valid"]}
         measured = {f"{who}_{unit}": x for who in found for unit, x in found[who].items()}
-        rows.append(row | measured | {"config": asdict(config)} | where_and_when("accuracy"))
+        rows.append(row | measured | where_and_when("accuracy"))
         train_small.write_text(path, json.dumps(rows, indent=1) + "\n")
     draw()
+
+
+def config_of(setup, row):
+    """A student's configuration, at the paper's temperature, as JSON gives it back."""
+    config = replace(setup.student, **{key: row[key] for key in ("loss", "gt_weight", "seed")})
+    config.temperature = TrainConfig.temperature
+    config.lr = train_small.student_lr(setup.source.preset, row["bits"])
+    return asdict(config) | {"betas": list(config.betas)}
 
 
 def draw():
@@ -67,9 +78,10 @@ def draw():
     files = sorted(FOLDER.glob("accuracy-*.json"))
     tables = collections.defaultdict(list)
     for row in (row for file in files for row in read_json(file, [])):
-        tables[row["task"], row["model"], row["teacher_steps"], row["steps"]].append(row)
-    for (task, model, teacher_steps, steps), rows in tables.items():
-        units = [key[8:] for key in rows[0] if key.startswith("student_")]
+        key = ("task", "model", "teacher", "teacher_steps", "student_tokens", "steps")
+        tables[tuple(row[name] for name in key)].append(row)
+    for (task, model, _, teacher_steps, _, steps), rows in tables.items():
+        units = [key[8:] for key in rows[0] if key.startswith("rounded_")]
         print(f"\n{task}, {model}, teacher {teacher_steps} steps, students {steps}")
         print(
             "\n| bits | method | "

@@ -1,10 +1,11 @@
 """The task scores beside lm-evaluation-harness's, example by example.
 
-    pip install lm-eval
+    pip install "lm-eval[hf]"
     python -m data.evidence.harness FOLDER    # a model of transformers; the first 200 examples
 
 The harness brings its own task definitions (prompts, choices, answers, measures). Only the data come
-from data/downloads/, read a second time here, without tasks.py, into the columns that it expects."""
+from data/downloads/, read a second time by this file into the columns that it expects. GSM8K, which
+has no choices, is not compared."""
 
 import importlib.resources
 import importlib.util
@@ -111,7 +112,7 @@ def definition(path):
 
 
 def rows_of(task, files, columns):
-    """SST-2's sentences end in a space, which tasks.py takes off, and so does this."""
+    """SST-2's sentences end in a space. tasks.py strips it, and so does this."""
     folder = tasks.DOWNLOADS / task
     for file in files:
         lines = (folder / file).read_text("utf-8-sig").removesuffix("\n").split("\n")

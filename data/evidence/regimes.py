@@ -86,7 +86,7 @@ def measure(setup, bits, epochs, teacher_epochs, temperature, gt_weight, seed):
     student = tsld.quantize_model(copy.deepcopy(teacher), bits)
     _, scores["student"] = train_small.train_student(setup, student, config, frozen, name)
     for file in Path(setup.args.out).glob(f"student-{name}.*pt"):
-        file.unlink()  # its row is all that is needed
+        file.unlink(missing_ok=True)  # its row is all that is needed
     measured = {f"{who}_{part}_ppl": x["ppl"] for who in scores for part, x in scores[who].items()}
     return measured | {"config": asdict(config)}
 

