@@ -989,9 +989,9 @@ def _product(x, weight):
     """x (..., in) @ weight.T, float32 (..., out); weight: packed codes, or numbers (out, in). In C:
     one row of x, on the CPU, no gradient; packed rows side by side, or a float16 weight."""
     (out, n), width, packed = weight.shape, x.shape[-1], weight.dtype == torch.uint8
-    fits = {torch.uint8: width == 4 * n < 2**15 and out % 64 == n % 4 == 0, torch.float16: width == n}
+    ok = {torch.uint8: width == 4 * n < 2**15 and out % 64 == n % 4 == 0, torch.float16: width == n}
     cpu = x.is_cpu and weight.is_cpu and weight.is_contiguous() and not x.requires_grad
-    if fits.get(weight.dtype) and cpu and x.numel() == width and c_library():  # sums on the stack
+    if ok.get(weight.dtype) and cpu and x.numel() == width and c_library():  # sums on the stack
         x, y = x.contiguous(), x.new_empty(*x.shape[:-1], out)
         product = c_library().ternary_product if packed else c_library().half_product
         product(x.data_ptr(), weight.data_ptr(), y.data_ptr(), out, width)
