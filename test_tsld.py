@@ -718,7 +718,8 @@ def check_attention_in_c(n_head, d, n, monkeypatch):
         assert (got - exact).abs().max() <= bound
 
 
-def test_a_cache_that_is_full_or_of_another_dtype_is_not_left_to_c(monkeypatch):
+def test_what_the_attention_in_c_cannot_do_is_left_to_pytorch(monkeypatch):
+    """A full cache, another dtype, several sequences, scores, dropout, a gradient."""
     attention = tsld.Attention(tsld.GPTConfig(8, 8, 1, 2, 12)).eval()
     monkeypatch.setattr(tsld, "c_library", lambda: pytest.fail("C is called"))
     with torch.inference_mode():
@@ -726,6 +727,8 @@ def test_a_cache_that_is_full_or_of_another_dtype_is_not_left_to_c(monkeypatch):
         attention.double()(randn(1, 1, 12).double(), torch.zeros(2, 1, 2, 8, 6).double(), 0)
         attention.float()(randn(2, 1, 12), torch.zeros(2, 2, 2, 8, 6), 0)
         attention(randn(1, 1, 12), torch.zeros(2, 1, 2, 8, 6), 0, trace=True)[1].sum()
+        attention.train()(randn(1, 1, 12), torch.zeros(2, 1, 2, 8, 6), 0)
+    attention.eval()(randn(1, 1, 12), torch.zeros(2, 1, 2, 8, 6), 0)
 
 
 def test_generated_tokens_can_be_trained_on():
