@@ -663,7 +663,8 @@ FLAGS = {
         ("tsld-temperature", None, {"type": number(float, finite=False)},
          "τ of the token scale, for --loss tsld (default 20 for tiny, else 10; inf: logit)"),
         ("gt-weight", 0.0, {"type": number(float, or_equal=True)},
-         "weight of the ground-truth loss added to tsld"),
+         "weight of the ground-truth loss added to tsld; a quarter helps a student whose teacher "
+         "has not finished learning its text"),
     ],
     "model and data": [
         ("model", None, {}, f"{', '.join(PRESETS)}, or one of transformers by path or name "
