@@ -1,7 +1,8 @@
 """The task scores beside lm-evaluation-harness's, example by example.
 
     pip install "lm-eval[hf]"
-    python -m data.evidence.harness FOLDER    # a model of transformers; the first 200 examples
+    python -m data.evidence.harness FOLDER           # a model of transformers; 200 examples a task
+    python -m data.evidence.harness FOLDER random    # a minute random one, with its tokenizer
 
 The harness brings its own task definitions (prompts, choices, answers, measures). Only the data come
 from data/downloads/, read a second time by this file into the columns that it expects. GSM8K, which
@@ -35,8 +36,8 @@ DEFINITIONS = {
 
 
 def main(argv, count=200):
-    if len(argv) != 1:
-        raise UserError("python -m data.evidence.harness takes the folder of a model")
+    if not argv or argv[1:] not in ([], ["random"]):
+        raise UserError("the harness takes the folder of a model, and the word random or nothing")
     if not importlib.util.find_spec("lm_eval"):
         raise UserError("it takes the package lm-eval, which is not installed")
     from lm_eval.models.huggingface import HFLM
@@ -44,6 +45,8 @@ def main(argv, count=200):
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
     model, tokenizer = exchange.load_theirs(argv[0])
+    if argv[1:]:
+        model = random_model(model.config.vocab_size)
     kinds = {"batch_size": 8, "add_bos_token": False}  # no token in front, as in training
     harness = HFLM(pretrained=model, tokenizer=tokenizer.theirs, **kinds)
     print("| task | accuracy | the harness | per byte | the harness | its acc_norm | ", end="")
@@ -67,6 +70,15 @@ def main(argv, count=200):
         cells = [f"{x:.3f}" for pair in pairs for x in pair] + [f"{scores['acc_norm,none']:.3f}"]
         cells += [f"{alike} of {len(prompts)}", f"{same}", f"{apart:.1e}"]
         print(f"| {task} | " + " | ".join(cells) + " |", flush=True)
+
+
+def random_model(vocab_size):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 64}
+    shape |= {"intermediate_size": 128, "tie_word_embeddings": True, "initializer_range": 0.3}
+    return LlamaForCausalLM(LlamaConfig(vocab_size, max_position_embeddings=1024, **shape)).eval()
 
 
 @torch.no_grad()
