@@ -3537,7 +3537,7 @@ def test_the_map_has_every_teacher_and_mix_and_goes_on_where_it_stopped(
     monkeypatch.setattr(regimes, "FOLDER", tmp_path)
     monkeypatch.setattr(regimes, "PRETRAINING", replace(regimes.PRETRAINING, steps=2, batch_size=4))
     monkeypatch.setattr(regimes, "FINE_TUNING", replace(regimes.FINE_TUNING, batch_size=4))
-    monkeypatch.setattr(regimes, "MAP", ((2, 2, (1, 3), ((math.inf, 0.0), (10.0, 0.25))),))
+    monkeypatch.setattr(regimes, "MAP", ((2, 16, (1, 3), ((math.inf, 0.0), (10.0, 0.25))),))
     monkeypatch.setattr(regimes, "other_text", lambda tokenizer: torch.arange(900) % 2048)
     corpus = ("ptb", "a text", texts.split_text((WORDS * 40).encode()))
     monkeypatch.setattr(train_small, "load_corpus", lambda choice: corpus)
@@ -3548,9 +3548,11 @@ def test_the_map_has_every_teacher_and_mix_and_goes_on_where_it_stopped(
     assert seen == [(1, math.inf, 0.0), (1, 10.0, 0.25), (3, math.inf, 0.0), (3, 10.0, 0.25)]
     # 300 tokens, 4 pieces of 16: an epoch is 4.7 steps.
     assert {row["config"]["steps"] for row in rows} == {
-        9
+        75
     } and "teacher, 3 epochs: step 14/14" in out
     assert len({row["teacher_valid_ppl"] for row in rows}) == 2
+    drawn = (tmp_path / "5-regimes.png").exists()
+    assert drawn == bool(importlib.util.find_spec("matplotlib"))
     (tmp_path / "regimes-0.json").write_text(json.dumps(rows[:3]))
     out = run(flags, capsys, regimes.main)
     assert "4 of 4: " in out and "3 of 4: " not in out
