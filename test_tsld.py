@@ -3522,7 +3522,7 @@ def test_the_task_tables_have_every_student_and_go_on_where_they_stopped(
     both = rows + json.loads((tmp_path / "accuracy-0.json").read_text())
     assert len({row["teacher_ppl"] for row in both}) == 1  # one teacher
     values = [r["student_ppl"] for r in both if (r["bits"], r["loss"]) == (2, "logit")]
-    cell = f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f} (2)"
+    cell = f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f} (2)"
     assert re.search(rf"\| 2 \| logit \| {re.escape(cell)} \|", out)
     (tmp_path / "accuracy-1.json").write_text(json.dumps(rows[:5]))
     out = run(flags, capsys, accuracy.main)

@@ -104,7 +104,7 @@ def draw():
 def print_row(bits, name, rows, who, units):
     if rows:
         cells = [
-            mean_and_spread(rows, f"{who}_{unit}", 2 if unit == "ppl" else 4) for unit in units
+            mean_and_spread(rows, f"{who}_{unit}", 3 if unit == "ppl" else 4) for unit in units
         ]
         print(f"| {bits} | {name} | " + " | ".join(cells) + " |")
 
