@@ -97,7 +97,7 @@ class Terms(NamedTuple):
 def per_token_terms(student_logits, teacher_logits, targets):
     """Terms from logits (B, T, V) of any float dtype, or from objects with .logits; targets: int64
     (B, T). No gradient flows into the teacher. kd is a cross-entropy, KL(P^T ‖ P^S) plus the
-    teacher's entropy, which no student changes: their gradients agree. ValueError: the shapes."""
+    teacher's entropy, which no student changes: their gradients agree. ValueError: other shapes."""
     logits = (getattr(z, "logits", z).float() for z in (student_logits, teacher_logits))
     log_p_student, log_p_teacher = (z.log_softmax(-1) for z in logits)  # each (B, T, V)
     log_p_teacher = log_p_teacher.detach()
