@@ -2842,6 +2842,24 @@ def test_a_run_leaves_one_result_per_loss_with_all_fields(tiny, capsys, tmp_path
         assert row["tokens_per_second"] == pytest.approx(6 * 4 * 16 / row["train_seconds"])
 
 
+@pytest.mark.parametrize("size", [2, 5, 40])
+def test_the_block_size_asked_for_is_the_length_of_the_sequences(
+    size, tiny, capsys, tmp_path, small_vocabulary
+):
+    run(["--block-size", str(size), *tiny], capsys)
+    (row,) = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert row["tokens_per_second"] == pytest.approx(6 * 4 * size / row["train_seconds"])
+    student = tsld.load_model(tmp_path / "out" / "student-tsld.packed")
+    assert student.config.block_size == len(student.wpe.weight) == size
+    text = texts.split_text((WORDS * 40).encode())["valid"]
+    ids = torch.tensor(small_vocabulary.encode_ordinary(text))
+    nats = [  # token n's context begins at the last multiple of the size before it
+        -student(ids[None, (n - 1) // size * size : n])[0, -1].log_softmax(-1)[ids[n]].item()
+        for n in range(1, len(ids))
+    ]
+    assert row["student_ppl"] == pytest.approx(math.exp(sum(nats) / len(nats)), rel=2e-3)
+
+
 def test_a_task_is_a_text_to_train_on_and_examples_to_choose_from(
     tiny, capsys, tmp_path, monkeypatch, small_vocabulary
 ):
@@ -3247,6 +3265,8 @@ def test_published_weights_start_the_teacher_and_their_absence_is_one_clear_line
     monkeypatch.setitem(train_small.PRESETS, "gpt2", small)
     refused(["--model", "gpt2", *tiny], capsys, "go online once, or use --init scratch")
     refused(["--model", "tiny", "--init", "pretrained", *tiny], capsys, "--init pretrained")
+    long = ["--model", "gpt2", "--block-size", "1025", *tiny]
+    refused(long, capsys, "--block-size 1025: gpt2 takes 1024 tokens at most")
     torch.manual_seed(5)
     weights = GPT(replace(small.gpt, block_size=20))
     path = tmp_path / "weights" / "gpt2.bin"
@@ -3257,6 +3277,8 @@ def test_published_weights_start_the_teacher_and_their_absence_is_one_clear_line
     found = source(["--model", "gpt2"], "cpu")
     assert found.init == "pretrained" and found.model.config.block_size == small.gpt.block_size
     assert torch.equal(found.model.h[0].mlp.c_fc.weight, weights.h[0].mlp.c_fc.weight)
+    cropped = source(["--model", "gpt2", "--block-size", "7"], "cpu").model
+    assert torch.equal(cropped.wpe.weight, weights.wpe.weight[:7])
     run(["--model", "gpt2", *tiny], capsys)
     assert json.loads((tmp_path / "out" / "results.json").read_text())[0]["model"] == "gpt2"
 
@@ -3302,6 +3324,15 @@ def test_a_model_of_transformers_is_trained_with_its_own_tokenizer(
     )
     packed = tsld.load_model(tmp_path / "out" / f"student-{loss}.packed", into=model)
     assert math.exp(tsld.evaluate(packed, ids, 512)) == pytest.approx(row["student_ppl"], rel=2e-3)
+
+
+def test_a_model_of_transformers_takes_blocks_up_to_its_own_length(theirs, tiny, capsys, tmp_path):
+    flags = ["--model", str(theirs), "--steps", "1", *tiny]
+    refused([*flags, "--block-size", "601"], capsys, "--block-size 601: ")
+    for size in (600, 2):
+        run([*flags, "--block-size", str(size)], capsys)
+        (row,) = json.loads((tmp_path / "out" / "results.json").read_text())
+        assert row["tokens_per_second"] == pytest.approx(4 * size / row["train_seconds"])
 
 
 def tokenizers_alphabet():
@@ -3594,6 +3625,7 @@ BAD_FLAGS = [
     ["--steps", "0"],
     ["--steps", "many"],
     ["--batch-size", "-1"],
+    ["--block-size", "1"],
     ["--lr", "0"],
     ["--lr", "nan"],
     ["--seed", "-1"],

@@ -206,8 +206,9 @@ SAMPLING = {"temperature": 0.8, "top_k": 200}
 
 def print_sample(setup, student, loss, prompt_length=16, length=64):
     """The student's continuation of the first words of the validation text."""
-    prompt = setup.tokens["valid"][:prompt_length]
-    length = min(length, setup.student.block_size - len(prompt))
+    block_size = setup.student.block_size
+    prompt = setup.tokens["valid"][: min(prompt_length, block_size // 2)]
+    length = min(length, block_size - len(prompt))
     torch.manual_seed(setup.args.seed)
     student, prompt = student.to(setup.device), prompt[None].to(setup.device)
     ids = student.generate(prompt, max_new_tokens=length, **SAMPLING)[0].tolist()
@@ -508,10 +509,14 @@ def choose_source(args, device):
 
 def load_preset(name, args):
     preset = PRESETS[name]
+    size = args.block_size or preset.gpt.block_size
+    preset = replace(preset, gpt=replace(preset.gpt, block_size=size))
     init = args.init or ("pretrained" if name in PUBLISHED else "scratch")
     if init == "pretrained" and name not in PUBLISHED:
         known = ", ".join(PUBLISHED)
         raise UserError(f"--init pretrained: there are published weights for {known} alone")
+    if init == "pretrained" and size > GPTConfig.block_size:
+        raise UserError(f"--block-size {size}: {name} takes {GPTConfig.block_size} tokens at most")
     tokenizer = load_tokenizer(preset.tokenizer)
     torch.manual_seed(args.seed)
     model = GPT(preset.gpt)
@@ -530,8 +535,11 @@ def load_theirs(args):
         raise UserError(f"--model {error}; without it there are {', '.join(PRESETS)}")
     if processes()[1] == 1 and exchange.logits_are_hidden_times_head(model):
         type(model).hidden = lambda self, ids: self.base_model(ids)[0]  # for lean_loss
-    positions = getattr(model.config, "max_position_embeddings", GPT2.gpt.block_size)
-    gpt = replace(GPT2.gpt, block_size=min(positions, GPT2.gpt.block_size))
+    size = args.block_size or GPT2.gpt.block_size
+    positions = getattr(model.config, "max_position_embeddings", size)
+    if (args.block_size or 0) > positions:
+        raise UserError(f"--block-size {size}: {args.model} takes {positions} tokens at most")
+    gpt = replace(GPT2.gpt, block_size=min(positions, size))
     return Source(args.model, model, tokenizer, replace(GPT2, gpt=gpt), "pretrained")
 
 
@@ -685,6 +693,8 @@ FLAGS = {
          "most 11 epochs, else 3 epochs)"),
         ("batch-size", None, {"type": count}, "of the student, in sequences (default 32 for tiny, "
          "else 4)"),
+        ("block-size", None, {"type": number(int, 1)},
+         "tokens of a sequence (default 128 for tiny, else 512)"),
         ("accumulate", 1, {"type": count}, "parts that a batch is taken in, to save memory"),
         ("lr", None, {"type": positive}, "peak learning rate of the student (default 1e-3 for tiny "
          "with 2 bits, else 1e-4)"),

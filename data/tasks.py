@@ -116,11 +116,9 @@ def parse(task, line):
         return row if type(row) is int else (prompt.format(row["goal"]), (row["sol1"], row["sol2"]))
     if task == "gsm8k":
         return Example(prompt.format(row["question"]), (row["answer"],), 0)
-    choices = row["question"]["choices"]  # 3 to 5, labelled with letters or with numbers
-    answer = [choice["label"] for choice in choices].index(row["answerKey"])
-    return Example(
-        prompt.format(row["question"]["stem"]), tuple(c["text"] for c in choices), answer
-    )
+    stem, choices = row["question"]["stem"], row["question"]["choices"]  # 3 to 5 of them,
+    answer = [c["label"] for c in choices].index(row["answerKey"])  # with letters or numbers
+    return Example(prompt.format(stem), tuple(c["text"] for c in choices), answer)
 
 
 def find(task, file, sha256):

@@ -25,7 +25,7 @@ BITS = (2, 4)
 # Loss, and the ground truth's weight in TSLD; the authors run 1/4.
 STUDENTS = (("logit", 0.0), ("logit_gt", 0.0), ("tsld", 0.0), ("tsld", 0.25))
 TAKES = {"task", "model", "seed", "teacher-steps", "steps", "student-tokens", "batch-size"}
-TAKES |= {"out", "device", "dtype"}
+TAKES |= {"block-size", "out", "device", "dtype"}
 
 
 def main(argv):
@@ -39,7 +39,7 @@ def main(argv):
     of = {"task": args.task, "model": Path(setup.source.name).name, "seed": seed}
     of |= {"teacher": train_small.teacher_path(setup).stem, "teacher_steps": setup.teacher.steps}
     of |= {"student_tokens": len(setup.tokens["student"]), "steps": setup.student.steps}
-    wanted = [(of | {"loss": x, "gt_weight": w, "bits": b}) for x, w in STUDENTS for b in BITS]
+    wanted = [of | {"loss": x, "gt_weight": w, "bits": b} for x, w in STUDENTS for b in BITS]
     wanted = [row | {"config": config_of(setup, row)} for row in wanted]
     wanted = [row for row in wanted if not any(row.items() <= there.items() for there in rows)]
     if not wanted:
