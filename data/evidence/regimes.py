@@ -165,32 +165,37 @@ def figure(groups):
 
     drawing, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     colors = {0.0: "tab:blue", 1 / 16: "tab:cyan", 1 / 4: "tab:orange", 1.0: "tab:red"}
-    for temperature, weight in product((math.inf, 10.0), colors):
+    styles, teachers = {math.inf: "--", 10.0: "-"}, collections.defaultdict(list)
+    for temperature, weight in product(styles, colors):
         lines = collections.defaultdict(list)
         for (setting, *mix), rows in groups.items():
             if setting[:2] == (2, 16) and mix == [temperature, weight]:
+                teachers[setting[2]] += [row["teacher_valid_ppl"] for row in rows]
                 lines[setting[2]] = [
                     row["student_valid_ppl"] - row["teacher_valid_ppl"] for row in rows
                 ]
         epochs = sorted(lines)
-        scale = "token scale" if temperature < math.inf else "no token scale"
         axes.errorbar(
             epochs,
             [statistics.mean(lines[n]) for n in epochs],
             [statistics.stdev(lines[n]) if len(lines[n]) > 1 else 0 for n in epochs],
             color=colors[weight],
-            linestyle="-" if temperature < math.inf else "--",
+            linestyle=styles[temperature],
             marker="o",
             markersize=3,
             capsize=2,
-            label=f"ground truth · {weight:g}, {scale}",
         )
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xscale("log")
-    axes.set_xticks(sorted(TEACHERS), sorted(TEACHERS))
-    axes.set_xlabel("epochs that the teacher was fine-tuned on the student's text")
+    epochs = sorted(teachers)
+    axes.set_xticks(epochs, [f"{n}\n({statistics.mean(teachers[n]):.1f})" for n in epochs])
+    axes.minorticks_off()
+    axes.set_xlabel("epochs of the teacher on the student's text (its own perplexity)")
     axes.set_ylabel("perplexity, student minus teacher")
-    axes.legend(fontsize=7)
+    lines = [axes.plot([], [], color=colors[weight])[0] for weight in colors]
+    lines += [axes.plot([], [], color="black", linestyle=style)[0] for style in styles.values()]
+    names = [f"ground truth · {weight:g}" for weight in colors]
+    axes.legend(lines, [*names, "no token scale", "token scale, τ = 10"], fontsize=8)
     axes.set_title(
         "The ground truth helps a student whose teacher has not finished learning its text;\n"
         "the token scale (full lines) changes little",
