@@ -25,7 +25,7 @@ BITS = (2, 4)
 # Loss, and the ground truth's weight in TSLD; the authors run 1/4.
 STUDENTS = (("logit", 0.0), ("logit_gt", 0.0), ("tsld", 0.0), ("tsld", 0.25))
 TAKES = {"task", "model", "seed", "teacher-steps", "steps", "student-tokens", "batch-size"}
-TAKES |= {"block-size", "out", "device", "dtype"}
+TAKES |= {"block-size", "granularity", "out", "device", "dtype"}
 
 
 def main(argv):
@@ -37,6 +37,7 @@ def main(argv):
     setup, path = train_small.set_up(args), FOLDER / f"accuracy-{seed}.json"
     rows, teacher = read_json(path, []), train_small.train_teacher(setup)
     of = {"task": args.task, "model": Path(setup.source.name).name, "seed": seed}
+    of |= {"granularity": args.granularity}
     of |= {"teacher": train_small.teacher_path(setup).stem, "teacher_steps": setup.teacher.steps}
     of |= {"student_tokens": len(setup.tokens["student"]), "steps": setup.student.steps}
     wanted = [of | {"loss": x, "gt_weight": w, "bits": b} for x, w in STUDENTS for b in BITS]
@@ -51,7 +52,7 @@ def main(argv):
         print(
             f"{number} of {len(wanted)}: {bits} bits, {row['loss']}, {row['gt_weight']}", flush=True
         )
-        student = tsld.quantize_model(copy.deepcopy(teacher), bits)
+        student = tsld.quantize_model(copy.deepcopy(teacher), bits, args.granularity)
         if bits not in known:
             known[bits] = train_small.score(setup, student)["valid"]
         name, config = f"{args.task}-seed-{seed}", TrainConfig(**row["config"])
@@ -78,11 +79,11 @@ def draw():
     files = sorted(FOLDER.glob("accuracy-*.json"))
     tables = collections.defaultdict(list)
     for row in (row for file in files for row in read_json(file, [])):
-        key = ("task", "model", "teacher", "teacher_steps", "student_tokens", "steps")
+        key = "task", "model", "teacher", "teacher_steps", "granularity", "student_tokens", "steps"
         tables[tuple(row[name] for name in key)].append(row)
-    for (task, model, _, teacher_steps, _, steps), rows in tables.items():
+    for (task, model, _, teacher_steps, granularity, _, steps), rows in tables.items():
         units = [key[8:] for key in rows[0] if key.startswith("rounded_")]
-        print(f"\n{task}, {model}, teacher {teacher_steps} steps, students {steps}")
+        print(f"\n{task}, {model}, a scale per {granularity}, {teacher_steps} and {steps} steps")
         print(
             "\n| bits | method | "
             + " | ".join(units)
