@@ -2667,6 +2667,16 @@ def test_a_tasks_scores_are_the_choices_log_likelihoods(kind, block_size, small_
     assert scores == {"accuracy": matches / 4, "acc_norm": per_byte / 4}
 
 
+def test_a_choice_is_as_long_as_its_bytes():
+    words = ["éé", "abc", "a"]
+    tokenizer = SimpleNamespace(encode_ordinary=lambda text: [*map(words.index, text.split())])
+    uniform = micro_gpt()
+    uniform.ln_f.weight.data.zero_()  # a choice of one token costs log 17, whatever it is
+    examples = [tasks.Example("a", ("éé", "abc"), 0), tasks.Example("a", ("abc", "éé"), 1)]
+    *_, scores = tasks.evaluate_task(uniform, tokenizer, examples, 8)
+    assert scores["acc_norm"] == 1  # of 4 bytes and of 3, though of 2 letters and of 3
+
+
 def test_matthews_correlation_is_its_definition():
     words = ["no", "yes", "the", "cat", "a", "dog", "ran", "sat", "long", "it", "rained"]
     tokenizer = SimpleNamespace(encode_ordinary=lambda text: [*map(words.index, text.split())])
@@ -2701,24 +2711,28 @@ class Says(GPT):
 
 
 @pytest.mark.parametrize(
-    "said, right",
+    "said, number, right",
     [
-        ("so 1,300.\n#### 1,234", True),
-        ("#### 1234.", True),
-        ("####1234\n#### 5", True),
-        ("#### 12345", False),
-        ("#### -1234", False),
-        ("1234", False),
-        ("#### 1234.5", False),
-        ("\0#### 1234", False),  # after the end of the text
+        ("so 1,300.\n#### 1,234", "1,234", True),
+        ("#### 1234.", "1,234", True),
+        ("####1234\n#### 5", "1,234", True),
+        ("#### 12345", "1,234", False),
+        ("#### -1234", "1,234", False),
+        ("1234", "1,234", False),
+        ("#### 1234.5", "1,234", False),
+        ("\0#### 1234", "1,234", False),  # after the end of the text
+        ("#### -7", "-7", True),
+        ("#### -8", "-7", False),
     ],
 )
-def test_a_free_answer_matches_where_its_number_is_the_answers(said, right, small_vocabulary):
+def test_a_free_answer_matches_where_its_number_is_the_answers(
+    said, number, right, small_vocabulary
+):
     model = Says(task_model(256).config)
     model.tokenizer = small_vocabulary
     prompts = ["Question: How many?\nAnswer:", "Question: What?\nAnswer:"]
     model.says = dict(zip(prompts, [said, "none"]))
-    examples = [tasks.Example(prompt, ("It is 1,234.\n#### 1,234",), 0) for prompt in prompts]
+    examples = [tasks.Example(prompt, (f"It is 3.\n#### {number}",), 0) for prompt in prompts]
     *_, scores = tasks.evaluate_task(model, small_vocabulary, examples, 256)
     assert scores == {"accuracy": right / 2}
 
@@ -2863,11 +2877,14 @@ def test_the_block_size_asked_for_is_the_length_of_the_sequences(
 def test_a_task_is_a_text_to_train_on_and_examples_to_choose_from(
     tiny, capsys, tmp_path, monkeypatch, small_vocabulary
 ):
-    monkeypatch.setattr(tasks, "load_task", {"cola": (QUESTIONS[::3] * 20, QUESTIONS[::3])}.get)
+    examples = QUESTIONS[::3]
+    monkeypatch.setattr(tasks, "load_task", {"cola": (QUESTIONS[1:3] * 20, examples)}.get)
     out = run(["--task", "cola", *tiny[2:]], capsys)
     assert "corpus: cola, 40 examples, 2 to evaluate on" in out
     assert "scored 2 examples, 2 of them cut from the left to fit 16 tokens" in out
     assert re.search(r"perplexity +bits/byte +accuracy +acc_norm +mcc +bytes\n", out)
+    ids = small_vocabulary.encode_ordinary(f"{examples[0].prompt} {examples[0].choices[1]}")
+    assert f"student continues “{small_vocabulary.decode(ids[:8]).strip()}”:" in out
     (row,) = json.loads((tmp_path / "out" / "results.json").read_text())
     assert (row["task"], row["data"], row["model"]) == ("cola", "cola", "tiny")
     student = tsld.load_model(tmp_path / "out" / "student-tsld.packed")
@@ -3277,6 +3294,8 @@ def test_published_weights_start_the_teacher_and_their_absence_is_one_clear_line
     found = source(["--model", "gpt2"], "cpu")
     assert found.init == "pretrained" and found.model.config.block_size == small.gpt.block_size
     assert torch.equal(found.model.h[0].mlp.c_fc.weight, weights.h[0].mlp.c_fc.weight)
+    with pytest.raises(tsld.CheckpointError, match="another model than gpt2"):  # it has 20
+        source(["--model", "gpt2", "--block-size", "1024"], "cpu")
     cropped = source(["--model", "gpt2", "--block-size", "7"], "cpu").model
     assert torch.equal(cropped.wpe.weight, weights.wpe.weight[:7])
     run(["--model", "gpt2", *tiny], capsys)
@@ -3560,6 +3579,16 @@ def test_the_task_tables_have_every_student_and_go_on_where_they_stopped(
     assert "3 of 3: " in out and "4 of" not in out
     again = json.loads((tmp_path / "accuracy-1.json").read_text())
     assert [row["student_ppl"] for row in again] == [row["student_ppl"] for row in rows]
+    rounded = {}
+    for granularity in ("tensor", "channel"):
+        flags = ["--task", "rte", "--steps", "3", "--granularity", granularity, *tiny[2:]]
+        run(flags, capsys)
+        (row,) = json.loads((tmp_path / "out" / "results.json").read_text())
+        rounded[granularity] = row["ptq_ppl"]
+    run(flags, capsys, accuracy.main)
+    rows = json.loads((tmp_path / "accuracy-0.json").read_text())
+    found = {row["granularity"]: row["rounded_ppl"] for row in rows if row["bits"] == 2}
+    assert found == rounded and found["tensor"] != found["channel"]
 
 
 def test_the_map_has_every_teacher_and_mix_and_goes_on_where_it_stopped(
