@@ -184,8 +184,9 @@ def peak_memory():
 
 
 def load_and_generate(path):
-    """Prints the peak of resident bytes before and after; for in_new_process."""
-    start = peak_memory()
+    """Prints the peak of resident bytes before and after, and the seconds that the first token took
+    from the prompt on; for in_new_process."""
+    start, times = peak_memory(), []
     if path.endswith(".packed"):
         model = tsld.load_model(path)
     else:
@@ -193,8 +194,10 @@ def load_and_generate(path):
             model = GPT(GPTConfig())
         model.load_state_dict(tsld.read_file(path), assign=True)
         model.lm_head.weight = model.wte.weight
-    model.generate(torch.zeros(1, 8, dtype=torch.long), 8)
-    print(json.dumps([start, peak_memory()]))
+    begin = time.perf_counter()
+    note = lambda new: times.append(time.perf_counter() - begin)
+    model.generate(torch.zeros(1, 8, dtype=torch.long), 8, on_token=note)
+    print(json.dumps([start, peak_memory(), times[0]]))
 
 
 def bench_memory(folder):
@@ -210,13 +213,14 @@ def bench_memory(folder):
         sizes[part] += tensor.numel() * tensor.element_size()
     for part, size in sizes.most_common():
         print(f"    of it {part:44}{size / 1e6:14,.1f}")
-    if not Path("/proc/self/status").exists():
-        return
-    peaks = {}
+    peaks, first = {}, {}
     for name, path in files.items():
-        start, peak = in_new_process("load_and_generate", str(path))
+        start, peak, seconds = in_new_process("load_and_generate", str(path))
         peaks[f"{name}, beyond importing torch"] = (peak - start) / 1e6
-    print_ratios("memory to load and generate, peak", "MB", peaks)
+        first[name] = 1e3 * seconds
+    print_ratios("from the prompt to the first token, a new process", "ms", first)
+    if Path("/proc/self/status").exists():
+        print_ratios("memory to load and generate, peak", "MB", peaks)
 
 
 # Layers, width, heads, vocabulary; sequences and their length.
