@@ -719,16 +719,28 @@ def check_attention_in_c(n_head, d, n, monkeypatch):
 
 
 def test_what_the_attention_in_c_cannot_do_is_left_to_pytorch(monkeypatch):
-    """A full cache, another dtype, several sequences, scores, dropout, a gradient."""
+    """Another dtype, several sequences, scores, dropout, a gradient."""
     attention = tsld.Attention(tsld.GPTConfig(8, 8, 1, 2, 12)).eval()
     monkeypatch.setattr(tsld, "c_library", lambda: pytest.fail("C is called"))
     with torch.no_grad():
-        attention(randn(1, 1, 12), torch.zeros(2, 1, 2, 8, 6), 8)
         attention.double()(randn(1, 1, 12).double(), torch.zeros(2, 1, 2, 8, 6).double(), 0)
         attention.float()(randn(2, 1, 12), torch.zeros(2, 2, 2, 8, 6), 0)
         attention(randn(1, 1, 12), torch.zeros(2, 1, 2, 8, 6), 0, trace=True)[1].sum()
         attention.train()(randn(1, 1, 12), torch.zeros(2, 1, 2, 8, 6), 0)
     attention.eval()(randn(1, 1, 12), torch.zeros(2, 1, 2, 8, 6), 0)
+
+
+@pytest.mark.parametrize("T, start", [(1, 8), (9, 0), (2, 3)])
+def test_a_cache_without_room_or_begun_in_the_middle_is_refused(T, start):
+    attention = tsld.Attention(tsld.GPTConfig(8, 8, 1, 2, 12))
+    with pytest.raises(ValueError, match=f"does not take {T} tokens at position {start}"):
+        attention(randn(1, T, 12), torch.zeros(2, 1, 2, 8, 6), start)
+
+
+def test_attention_in_float64_has_the_gradient_of_finite_differences():
+    attention = tsld.Attention(tsld.GPTConfig(8, 8, 1, 2, 12)).double()
+    x = randn(2, 3, 12).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: attention(x)[0], x)
 
 
 def test_generated_tokens_can_be_trained_on():
@@ -1129,6 +1141,8 @@ def test_what_training_lacks_is_refused_by_name():
             micro_gpt(),
             "batch_size 6 does not divide by 1 · accumulate",
         ),
+        (replace(BRIEF, loss="TSLD"), TEXT, None, "no loss 'TSLD'"),
+        (replace(BRIEF, dtype="float16"), TEXT, micro_gpt(), "no training in 'float16'"),
     ):
         with pytest.raises(ValueError, match=words):
             next(tsld.train(model, tokens, config, teacher))
@@ -2020,6 +2034,13 @@ def test_another_familys_losses_are_those_of_its_logits(name, loss):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("other", [{"n_head": 1}, {"n_embd": 24}, {"n_layer": 1}])
+def test_layer_to_layer_distillation_needs_two_models_of_one_shape(other):
+    student, teacher, ids = micro_gpt(), micro_gpt(**other), micro_ids()
+    with pytest.raises(ValueError):
+        tsld.layer_to_layer_loss(student(ids, trace=True), teacher(ids, trace=True))
+
+
 def test_layer_to_layer_distillation_needs_eager_attention():
     student, ids = family("GPT2LMHeadModel", attention="sdpa"), micro_ids()
     with pytest.raises(ValueError, match="attn_implementation='eager'"):
@@ -2701,9 +2722,11 @@ def test_matthews_correlation_is_its_definition():
 class Says(GPT):
     """Continues every prompt with the text that stands in `says` for it, then with anything."""
 
+    most = 0  # prompts at a time
+
     def generate(self, ids, max_new_tokens, temperature=1.0):
         assert temperature == 0
-        rows = []
+        rows, self.most = [], max(self.most, len(ids))
         for row in ids.tolist():
             said = self.tokenizer.encode_ordinary(self.says[self.tokenizer.decode(row)])
             rows.append([*row, *said, *[self.tokenizer.end_of_text, 4, 2] * 99][:max_new_tokens])
@@ -2733,8 +2756,9 @@ def test_a_free_answer_matches_where_its_number_is_the_answers(
     prompts = ["Question: How many?\nAnswer:", "Question: What?\nAnswer:"]
     model.says = dict(zip(prompts, [said, "none"]))
     examples = [tasks.Example(prompt, (f"It is 3.\n#### {number}",), 0) for prompt in prompts]
+    examples *= 70  # more of one length than are answered at a time
     *_, scores = tasks.evaluate_task(model, small_vocabulary, examples, 256)
-    assert scores == {"accuracy": right / 2}
+    assert scores == {"accuracy": right / 2} and model.most == 64
 
 
 def test_free_answers_are_the_models_own_greedy_text(small_vocabulary, monkeypatch):
@@ -2881,7 +2905,7 @@ def test_a_task_is_a_text_to_train_on_and_examples_to_choose_from(
     monkeypatch.setattr(tasks, "load_task", {"cola": (QUESTIONS[1:3] * 20, examples)}.get)
     out = run(["--task", "cola", *tiny[2:]], capsys)
     assert "corpus: cola, 40 examples, 2 to evaluate on" in out
-    assert "scored 2 examples, 2 of them cut from the left to fit 16 tokens" in out
+    assert "scored 2 examples, 2 of them cut from the left to fit a block of 16" in out
     assert re.search(r"perplexity +bits/byte +accuracy +acc_norm +mcc +bytes\n", out)
     ids = small_vocabulary.encode_ordinary(f"{examples[0].prompt} {examples[0].choices[1]}")
     assert f"student continues “{small_vocabulary.decode(ids[:8]).strip()}”:" in out
@@ -3345,6 +3369,18 @@ def test_a_model_of_transformers_is_trained_with_its_own_tokenizer(
     assert math.exp(tsld.evaluate(packed, ids, 512)) == pytest.approx(row["student_ppl"], rel=2e-3)
 
 
+def test_a_teacher_is_found_again_only_where_it_starts_from_the_same_weights(theirs, tiny, capsys):
+    import transformers
+
+    flags = ["--model", str(theirs), "--steps", "1", *tiny]
+    assert "found there" not in run(flags, capsys)
+    assert "found there" in run(flags, capsys)
+    model = transformers.AutoModelForCausalLM.from_pretrained(theirs)
+    model.get_input_embeddings().weight.data[3] += 1
+    model.save_pretrained(theirs)
+    assert "found there" not in run(flags, capsys)
+
+
 def test_a_model_of_transformers_takes_blocks_up_to_its_own_length(theirs, tiny, capsys, tmp_path):
     flags = ["--model", str(theirs), "--steps", "1", *tiny]
     refused([*flags, "--block-size", "601"], capsys, "--block-size 601: ")
@@ -3597,7 +3633,9 @@ def test_the_map_has_every_teacher_and_mix_and_goes_on_where_it_stopped(
     monkeypatch.setattr(regimes, "FOLDER", tmp_path)
     monkeypatch.setattr(regimes, "PRETRAINING", replace(regimes.PRETRAINING, steps=2, batch_size=4))
     monkeypatch.setattr(regimes, "FINE_TUNING", replace(regimes.FINE_TUNING, batch_size=4))
-    monkeypatch.setattr(regimes, "MAP", ((2, 16, (1, 3), ((math.inf, 0.0), (10.0, 0.25))),))
+    monkeypatch.setattr(
+        regimes, "MAP", ((2, 16, (1, 3), ((None, 0.0), (10.0, 0.25), (None, None))),)
+    )
     monkeypatch.setattr(regimes, "other_text", lambda tokenizer: torch.arange(900) % 2048)
     corpus = ("ptb", "a text", texts.split_text((WORDS * 40).encode()))
     monkeypatch.setattr(train_small, "load_corpus", lambda choice: corpus)
@@ -3605,7 +3643,11 @@ def test_the_map_has_every_teacher_and_mix_and_goes_on_where_it_stopped(
     out = run(flags, capsys, regimes.main)
     rows = json.loads((tmp_path / "regimes-0.json").read_text())
     seen = [(row["teacher_epochs"], row["temperature"], row["gt_weight"]) for row in rows]
-    assert seen == [(1, math.inf, 0.0), (1, 10.0, 0.25), (3, math.inf, 0.0), (3, 10.0, 0.25)]
+    mixes = [(None, 0.0), (10.0, 0.25), (None, None)]  # no token scale; labels alone
+    assert seen == [(epochs, *mix) for epochs in (1, 3) for mix in mixes]
+    assert {row["config"]["loss"] for row in rows[::3] + rows[1::3]} == {"tsld"}
+    assert {row["config"]["loss"] for row in rows[2::3]} == {"gt"}
+    assert "Infinity" not in (tmp_path / "regimes-0.json").read_text()
     # 300 tokens, 4 pieces of 16: an epoch is 4.7 steps.
     assert {row["config"]["steps"] for row in rows} == {
         75
@@ -3613,11 +3655,18 @@ def test_the_map_has_every_teacher_and_mix_and_goes_on_where_it_stopped(
     assert len({row["teacher_valid_ppl"] for row in rows}) == 2
     drawn = (tmp_path / "5-regimes.png").exists()
     assert drawn == bool(importlib.util.find_spec("matplotlib"))
-    (tmp_path / "regimes-0.json").write_text(json.dumps(rows[:3]))
+    (tmp_path / "regimes-0.json").write_text(json.dumps(rows[:5]))
     out = run(flags, capsys, regimes.main)
-    assert "4 of 4: " in out and "3 of 4: " not in out
+    assert "6 of 6: " in out and "5 of 6: " not in out
     again = json.loads((tmp_path / "regimes-0.json").read_text())
     assert [row["student_valid_ppl"] for row in again] == [row["student_valid_ppl"] for row in rows]
+    run([*flags, "--seed", "1"], capsys, regimes.main)
+    others = json.loads((tmp_path / "regimes-1.json").read_text())
+    assert {row["pretrained"] for row in others + rows} == {rows[0]["pretrained"]}
+    assert not {r["teacher_valid_ppl"] for r in others} & {r["teacher_valid_ppl"] for r in rows}
+    (tmp_path / "regimes-1.json").write_text(json.dumps([others[0] | {"pretrained": "another"}]))
+    assert train_small.main(flags, regimes.main) == 2
+    assert "are of another pretrained model: move them away" in capsys.readouterr().err
 
 
 def test_the_other_text_is_the_tasks_own_words_without_the_prompts(monkeypatch, small_vocabulary):
@@ -3985,6 +4034,10 @@ def test_a_batch_that_cannot_be_shared_out_is_refused(tiny, capsys):
         "a batch of 4 does not divide into 1 processes times 3",
     )
     run(["--accumulate", "2", *tiny], capsys)
+    for batch_size, parts, teachers in ((4, 2, 2), (8, 8, 4)):  # the teacher's batch is 4
+        flags = ["--accumulate", str(parts), "--batch-size", str(batch_size), *tiny]
+        setup = train_small.set_up(train_small.parse(flags))
+        assert (setup.student.accumulate, setup.teacher.accumulate) == (parts, teachers)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_the_last_good_checkpoint(
@@ -4005,3 +4058,14 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_the_last_good_checkpo
     assert "at step 3, learning rate" in printed
     assert f"the last checkpoint is {tmp_path / 'out' / 'student-tsld.pt'}" in printed
     assert tsld.read_file(tmp_path / "out" / "student-tsld.pt")["step"] == 2
+    monkeypatch.setattr(tsld, "training_loss", lambda *arguments: exact(*arguments) * math.nan)
+    assert train_small.main(tiny) == 1
+    assert "last checkpoint" not in capsys.readouterr().err  # that one is of the run before
+
+
+def test_a_run_at_4_bits_leaves_no_packed_model_of_an_earlier_one(tiny, capsys, tmp_path):
+    run(tiny, capsys)
+    names = {path.name for path in (tmp_path / "out").glob("*.packed")}
+    assert names == {"rounded.packed", "student-tsld.packed"}
+    run(["--bits", "4", *tiny], capsys)
+    assert not [*(tmp_path / "out").glob("*.packed")]

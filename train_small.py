@@ -135,7 +135,8 @@ def set_up(args):
     given = {"batch_size": args.batch_size, "accumulate": args.accumulate, "lr": lr}
     given |= {"temperature": args.tsld_temperature, "gt_weight": args.gt_weight}
     given = {key: value for key, value in given.items() if value is not None}
-    teacher, student = replace(preset.teacher), replace(preset.student, **given)
+    parts = min(args.accumulate, preset.teacher.batch_size)
+    teacher, student = replace(preset.teacher, accumulate=parts), replace(preset.student, **given)
     full = limit(student, preset.student_epochs, block_size, tokens["student"])
     student.steps = args.steps or full
     teacher.steps = limit(teacher, preset.teacher_epochs, block_size, tokens["train"])
@@ -162,7 +163,7 @@ def score(setup, model, parts=("valid", "test")):
             given = model, tokenizer, setup.examples, block_size, show_progress
             nats, predicted, cut, more = tasks.evaluate_task(*given)
             nats /= len(predicted)
-            cut = f", {cut} of them cut from the left to fit {block_size} tokens" if cut else ""
+            cut = f", {cut} of them cut from the left to fit a block of {block_size}" if cut else ""
             show_progress(f"scored {len(setup.examples)} examples{cut}", last=True)
         else:
             nats = tsld.evaluate(model, setup.tokens[part], block_size)
@@ -179,6 +180,7 @@ def pack(model, path):
     """Packs a 2-bit model in place and saves it. Returns the file's size and that of its ternary
     weights, in bytes; 4-bit models have no packed form, and None for both."""
     if any(isinstance(m, QuantLinear) and m.bits != 2 for m in model.modules()):
+        path.unlink(missing_ok=True)  # of an earlier run
         return {"bytes_packed": None, "linear_bytes_packed": None}
     tsld.pack_model(model)
     with first_process_first():
@@ -270,9 +272,9 @@ def generate(args):
 
 def teacher_path(setup):
     """The teacher's file is named after everything that makes it, so that it is found again."""
-    source, text = setup.source, hashlib.sha256(setup.tokens["train"].numpy()).hexdigest()
-    model = architecture(source.model)
-    made_of = [source.name, source.init, model, asdict(setup.teacher), text]
+    source = setup.source
+    start, text = fingerprint(source.model.parameters()), fingerprint([setup.tokens["train"]])
+    made_of = [source.name, architecture(source.model), start, asdict(setup.teacher), text]
     key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:8]
     return Path(setup.args.out) / f"teacher-{Path(source.name).name}-{key}.pt"
 
@@ -358,7 +360,7 @@ def train(setup, label, model, tokens, config, path, resume, teacher=None, watch
                 if stop and step < config.steps:
                     raise TrainingStopped(f"stopped after step {step} of {config.steps}")
     except tsld.TrainingDiverged as error:
-        where = f"; the last checkpoint is {path}" if path.is_file() else ""
+        where = f"; the last checkpoint is {path}" if start or saved > began else ""
         raise tsld.TrainingDiverged(f"{error}{where}") from None
     if trained is not model:
         dist.barrier()  # until the first process has written it
@@ -400,7 +402,7 @@ def load_checkpoint(path, identity, model, optimizer):
         differ = [key for key in keys if found.get(key) != identity.get(key)]
     for key in sorted(differ):
         other = f"{key} is {found.get(key)}, not {identity.get(key)}"
-        raise tsld.CheckpointError(f"{path} is of another run: {other}")
+        raise tsld.CheckpointError(f"{path} is of another run ({other}): delete it")
     with tsld.refusing(path, "is no checkpoint of this program"):
         weights = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
         groups = lambda: optimizer.param_groups
@@ -460,8 +462,8 @@ GPT2 = Preset(
     student_epochs=90,
 )
 PRESETS = {
-    # Under five minutes on two CPU cores; the paper's situation in small: a teacher that saw far
-    # more text than the student. More than 11 epochs would only teach it a small text by heart.
+    # Under five minutes on two CPU cores; a teacher that saw more text than its student. More than
+    # 11 epochs would only teach it a small text by heart.
     "tiny": Preset(
         gpt=GPTConfig(block_size=128, vocab_size=2048, n_layer=6, n_head=4, n_embd=128),
         tokenizer="bpe2048",
@@ -695,7 +697,8 @@ FLAGS = {
          "else 4)"),
         ("block-size", None, {"type": number(int, 1)},
          "tokens of a sequence (default 128 for tiny, else 512)"),
-        ("accumulate", 1, {"type": count}, "parts that a batch is taken in, to save memory"),
+        ("accumulate", 1, {"type": count},
+         "parts that a batch, the teacher's as well, is taken in to save memory"),
         ("lr", None, {"type": positive}, "peak learning rate of the student (default 1e-3 for tiny "
          "with 2 bits, else 1e-4)"),
         ("dtype", None, {"choices": ("float32", "bfloat16")},

@@ -98,9 +98,8 @@ def per_token_terms(student_logits, teacher_logits, targets):
     """Terms from logits (B, T, V) of any float dtype, or from objects with .logits; targets: int64
     (B, T). No gradient flows into the teacher. kd is a cross-entropy, KL(P^T ‖ P^S) plus the
     teacher's entropy, which no student changes: their gradients agree. ValueError: other shapes."""
-    logits = (getattr(z, "logits", z).float() for z in (student_logits, teacher_logits))
-    log_p_student, log_p_teacher = (z.log_softmax(-1) for z in logits)  # each (B, T, V)
-    log_p_teacher = log_p_teacher.detach()
+    logits = [getattr(z, "logits", z).float() for z in (student_logits, teacher_logits)]
+    log_p_student, log_p_teacher = logits[0].log_softmax(-1), logits[1].detach().log_softmax(-1)
     if not log_p_student.shape == log_p_teacher.shape == (*targets.shape, log_p_student.shape[-1]):
         raise ValueError(f"the logits are not of targets of shape {tuple(targets.shape)}")
     true = targets[..., None]  # (B, T, 1)
@@ -126,8 +125,8 @@ def tsld_loss(terms, temperature=10.0, gt_weight=0.0):
 
     Its gradient for the student's logits at token n is w_n (P^S_n - P^T_n) / B: the scale says how
     hard a token pulls, not where to. Where the teacher is sure of the true token, P^T_n is nearly
-    the one-hot label. There ground truth and distillation pull the same way, their gradients add
-    up, and the student learns the text by heart. TSLD makes exactly these tokens count less.
+    the one-hot label: a label loss, if added, pulls the same way once more, and the student learns
+    the text by heart. TSLD makes exactly these tokens count less.
     The authors' program sums over a batch of 4 and adds the ground-truth loss: up to a factor that
     is gt_weight = 0.25. The printed formula has neither sum nor label, and is the default."""
     w = token_scale(terms.ce_teacher, temperature)  # (B, T)
@@ -145,9 +144,9 @@ class Trace(NamedTuple):
 def layer_to_layer_loss(student_trace, teacher_trace):
     """L2L, the distillation made for encoders (table 1: L2L+logit), a float32 scalar:
         Σ_layers MSE(hidden states) + Σ_layers MSE(attention scores at and before each position)
-    The mask hides the future from the model, so T(T+1)/2 scores of a head count, on and below the
-    diagonal. No gradient flows into the teacher. A transformers model has .attentions,
-    probabilities, in place of the scores; ValueError: it has none."""
+    The mask hides the future, so T(T+1)/2 scores of a head count. The teacher gets no gradient. A
+    transformers model has .attentions, probabilities, in place of the scores. ValueError: it has
+    none, or the two models differ in layers, heads or width."""
     traces = student_trace, teacher_trace
     scores = [getattr(t, "attention_scores", None) or t.attentions for t in traces]
     if not all(of_layers and of_layers[0] is not None for of_layers in scores):
@@ -156,6 +155,8 @@ def layer_to_layer_loss(student_trace, teacher_trace):
     for student, teacher in zip(*scores, strict=True):
         seen = torch.ones_like(student[0, 0], dtype=torch.bool).tril()  # (T, T)
         pairs.append((student[..., seen], teacher[..., seen]))  # each (B, H, T(T+1)/2)
+    if any(student.shape != teacher.shape for student, teacher in pairs):
+        raise ValueError("L2L compares models of one width and one number of heads")
     return sum(F.mse_loss(student.float(), teacher.detach().float()) for student, teacher in pairs)
 
 
@@ -202,7 +203,7 @@ def quantize_int4(weight, granularity="tensor"):
         zero_point = round(-low / scale)     codes = round(w / scale) + zero_point, clamped to 0..15
     The range includes 0, so 0 stays exactly 0 and weights all of one sign are not clipped.
     weight: (out, in), any float dtype. Returns codes, uint8 (out, in), and float32 scale and int32
-    zero_point as in ternarize. ValueError: another granularity."""
+    zero_point, each of the shape of ternarize's scale. ValueError: another granularity."""
     group = _group(granularity)
     w = weight.detach().float()
     low = w.amin(group, keepdim=True).clamp(max=0)
@@ -325,23 +326,24 @@ class Attention(nn.Module):
     def forward(self, x, cache=None, start=0, trace=False):
         """x: (B, T, C) -> (B, T, C), and the scores (B, H, T, T) if `trace` asks for them. cache:
         keys and values, (2, B, H, S, C / H) in one piece, filled in before position `start`; those
-        of x are written from there on. A T above 1 needs start = 0."""
+        of x are written from there on. ValueError: no room, or a T above 1 where start is not 0."""
         B, T, C = x.shape
+        if cache is not None and (start + T > cache.shape[3] or T > 1 and start > 0):
+            raise ValueError(f"the cache does not take {T} tokens at position {start}")
         qkv = self.c_attn(x)  # (B, T, 3 C)
-        in_c = cache is not None and B == T == 1 and start < cache.shape[3] and not self.training
+        in_c = cache is not None and B == T == 1 and not (self.training or trace)
         in_c = in_c and qkv.type() == cache.type() == "torch.FloatTensor" and not qkv.requires_grad
-        if in_c and not trace and c_library():  # one token, as below in a third of the time
+        if in_c and c_library():  # one token, as below in a third of the time
             y = torch.zeros_like(x)
             c_library().attention(*(t.data_ptr() for t in (qkv, cache, y)), start, *cache.shape[2:])
             return self.c_proj(y), None
         q, k, v = qkv.view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # each (B, H, T, C / H)
         if cache is not None:
-            keys, values = cache[0], cache[1]
-            keys[:, :, start : start + T], values[:, :, start : start + T] = k, v
-            k, v = keys[:, :, : start + T], values[:, :, : start + T]
+            cache[:, :, :, start : start + T] = torch.stack((k, v))
+            k, v = cache[:, :, :, : start + T]
         scores = q @ k.transpose(-2, -1) / math.sqrt(k.shape[-1]) if trace else None
         # Softmax of the scores so far, times v, fused; in bfloat16 its backward is slow on CPUs.
-        q, k, v = (t.float() if x.device.type == "cpu" else t for t in (q, k, v))
+        q, k, v = (t.float() if t.is_cpu and t.element_size() == 2 else t for t in (q, k, v))
         dropout = self.dropout if self.training else 0.0
         with torch.autocast("cpu", enabled=False):
             y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, dropout_p=dropout)
@@ -538,8 +540,7 @@ def make_optimizer(model, config):
 
 def training_loss(student, teacher, ids, targets, config, lean=False):
     """config.loss of one batch, ids and targets (B, T): both models forward, the terms, the loss.
-    The models are our GPTs, or causal language models of transformers. lean: the same value from
-    lean_loss (section 6), for models with hidden(ids) and lm_head, and every loss but "l2l"."""
+    lean: from lean_loss (section 6), for models with hidden(ids) and lm_head; not for "l2l"."""
     loss, *setting = config.loss, config.temperature, config.gt_weight
     if lean:
         with torch.no_grad():
@@ -564,13 +565,15 @@ def train(student, tokens, config, teacher=None, optimizer=None, start=0):
     (step, loss) after each step: 1-based, in nats. The loss "gt" needs no teacher.
     student, teacher: GPTs, or causal language models of transformers, which need config.block_size.
     optimizer, start: go on after `start` steps, to the result of an uninterrupted run. Processes
-    whose models are spread over them (fully_shard) share every batch. ValueError, at the first
-    step: what does not fit. TrainingDiverged: NaN or infinity, before it reaches the weights."""
+    share every batch: their models are spread over them (fully_shard, `hidden` registered too).
+    ValueError, at the first step: what does not fit. TrainingDiverged: a value is not finite."""
     device = next(student.parameters()).device
     block_size = config.block_size or getattr(student.config, "block_size", None)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if block_size is None or len(tokens) <= block_size:
         raise ValueError(f"{len(tokens)} tokens are too few for pieces of block_size {block_size}")
+    if config.loss not in LOSSES or config.dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"there is no loss {config.loss!r}, or no training in {config.dtype!r}")
     if teacher is None and config.loss != "gt":
         raise ValueError(f"the loss {config.loss!r} needs a teacher")
     if config.batch_size % (world * config.accumulate):
@@ -890,10 +893,7 @@ class _LeanLoss(torch.autograd.Function):
                     grad_z.addcmul_(P, a, value=-1)
                 grad_z = grad_z.scatter_add_(1, y[piece], -b).to(dtype)
                 grad_hs[piece] = grad_z @ ws
-                if dtype == torch.float32:
-                    grad_ws.addmm_(grad_z.t(), hs[piece])
-                else:
-                    grad_ws += grad_z.t() @ hs[piece]
+                grad_ws += grad_z.t() @ hs[piece]
         ctx.gradients = grad_hs.view(hidden.shape).to(hidden.dtype), grad_ws.to(head.dtype)
         terms = Terms(*(x.view(B, T) for x in (ce_student, ce_teacher, kd)))
         return distillation_loss(name, terms, *setting)

@@ -22,7 +22,7 @@ def check_folder(path):
         with tempfile.TemporaryFile(dir=path):
             return Path(path)
     except OSError as error:
-        raise UserError(f"--out {path} cannot be written: {error.strerror}")
+        raise UserError(f"folder {path} cannot be written: {error.strerror}")
 
 
 @contextmanager

@@ -189,7 +189,8 @@ def exact_match(model, tokenizer, examples, block_size, show, cut):
         waiting[min(len(ids), block_size - new)].append((ids[new - block_size :], answer))
     how = {"temperature": 0} if isinstance(model, GPT) else {"do_sample": False, "use_cache": True}
     value = lambda text: re.findall(r"#### *(-?[\d.]*\d)", text.replace(",", ""))[:1]
-    for length, group in waiting.items():
+    parts = [(n, g[i : i + 64]) for n, g in waiting.items() for i in range(0, len(g), 64)]
+    for length, group in parts:
         show(f"answered {len(matches)} of {len(examples)}")
         ids = torch.tensor([ids for ids, _ in group], device=device)
         ids = model.generate(ids, max_new_tokens=new, **how)[:, length:].tolist()

@@ -38,7 +38,8 @@ def main(argv):
     rows, teacher = read_json(path, []), train_small.train_teacher(setup)
     of = {"task": args.task, "model": Path(setup.source.name).name, "seed": seed}
     of |= {"granularity": args.granularity}
-    of |= {"teacher": train_small.teacher_path(setup).stem, "teacher_steps": setup.teacher.steps}
+    of |= {"teacher": train_small.fingerprint(teacher.parameters())}
+    of |= {"teacher_steps": setup.teacher.steps}
     of |= {"student_tokens": len(setup.tokens["student"]), "steps": setup.student.steps}
     wanted = [of | {"loss": x, "gt_weight": w, "bits": b} for x, w in STUDENTS for b in BITS]
     wanted = [row | {"config": config_of(setup, row)} for row in wanted]
@@ -61,7 +62,8 @@ def main(argv):
             file.unlink(missing_ok=True)  # its row is all that is needed
         found = {"teacher": known["teacher"], "rounded": known[bits], "student": scores["valid"]}
         measured = {f"{who}_{unit}": x for who in found for unit, x in found[who].items()}
-        rows.append(row | measured | where_and_when("accuracy"))
+        # Read again: another task may have added to the file.
+        rows = [*read_json(path, []), row | measured | where_and_when("accuracy")]
         train_small.write_text(path, json.dumps(rows, indent=1) + "\n")
     draw()
 
@@ -79,9 +81,10 @@ def draw():
     files = sorted(FOLDER.glob("accuracy-*.json"))
     tables = collections.defaultdict(list)
     for row in (row for file in files for row in read_json(file, [])):
-        key = "task", "model", "teacher", "teacher_steps", "granularity", "student_tokens", "steps"
-        tables[tuple(row[name] for name in key)].append(row)
-    for (task, model, _, teacher_steps, granularity, _, steps), rows in tables.items():
+        key = "task model granularity teacher_steps steps teacher student_tokens".split()
+        sizes = row["config"]["batch_size"], row["config"]["block_size"], row["config"]["dtype"]
+        tables[*(row[name] for name in key), *sizes].append(row)
+    for (task, model, granularity, teacher_steps, steps, *_), rows in tables.items():
         units = [key[8:] for key in rows[0] if key.startswith("rounded_")]
         print(f"\n{task}, {model}, a scale per {granularity}, {teacher_steps} and {steps} steps")
         print(

@@ -41,8 +41,7 @@ def main(argv):
     setup, path = set_up(argv), FOLDER / "table.json"
     rows = read_json(path, [])
     teacher, half = train_small.train_teacher(setup), None
-    name = train_small.teacher_path(setup).stem
-    same = {"teacher": f"{name}, weights {train_small.fingerprint(teacher.parameters())}"}
+    same = {"teacher": train_small.fingerprint(teacher.parameters())}  # it is its weights
     same |= {"teacher_steps": setup.teacher.steps, "student_tokens": len(setup.tokens["student"])}
     wanted = [(setting | same, config) for setting, config in wanted_rows(setup)]
     for number, (setting, config) in enumerate(wanted, 1):
