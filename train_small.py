@@ -402,7 +402,7 @@ def load_checkpoint(path, identity, model, optimizer):
         differ = [key for key in keys if found.get(key) != identity.get(key)]
     for key in sorted(differ):
         other = f"{key} is {found.get(key)}, not {identity.get(key)}"
-        raise tsld.CheckpointError(f"{path} is of another run ({other}): delete it")
+        raise tsld.CheckpointError(f"{path} is of another run: {other}; delete it")
     with tsld.refusing(path, "is no checkpoint of this program"):
         weights = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
         groups = lambda: optimizer.param_groups

@@ -25,7 +25,7 @@ Symbols, and what the code calls them:
              the teacher's cross-entropies, not the logits as Hinton's temperature does
     B, C, H  sequences in a batch, width of the model (n_embd), attention heads
 
-The whole method, from a teacher to a packed student (run it in a folder of your own):
+The whole method, from a teacher to a packed student (it writes student.packed):
 
     import copy, tsld, torch
     tokens = torch.tensor(list(open(tsld.__file__, "rb").read()))  # a text; each byte is a token
@@ -80,8 +80,8 @@ class TrainingDiverged(ArithmeticError):
 # ------ 1. Losses ---------------------------------------------------------------------------------
 # Rounding errors add up. Attention at position n mixes the errors of all positions up to n, and
 # each block hands its errors on to the next. The logits stand at the end of that chain: a loss on
-# them sees all of the accumulated error, where it counts. Every loss here weighs three numbers per
-# token, each (B, T), in nats; L2L adds one number for the layers.
+# them sees all of the accumulated error, where it counts. Every loss is a weighted sum of three
+# numbers per token, each (B, T), in nats; L2L adds one number for the layers.
 
 LOSSES = ("gt", "logit", "l2l", "logit_gt", "tsld")
 
@@ -175,7 +175,7 @@ def distillation_loss(name, terms, temperature=10.0, gt_weight=0.0):
 # matrix ("tensor") or for each of its rows, the output channels ("channel").
 
 def _group(granularity):
-    """The dimensions that share one scale; reducing them with keepdim leaves (1, 1) or (out, 1)."""
+    """The dimensions that one scale is of: reducing them with keepdim leaves (1, 1) or (out, 1)."""
     if granularity not in ("tensor", "channel"):
         raise ValueError(f"granularity must be 'tensor' or 'channel', not {granularity!r}")
     return (0, 1) if granularity == "tensor" else (1,)
@@ -283,8 +283,8 @@ def _output_heads(model):
 # have the names and shapes of the published weights (where c_attn, c_proj, c_fc are transposed).
 
 def load_tensors(path):
-    """What torch.save wrote, on the CPU. CheckpointError: the file is damaged, unpacks to more than
-    its size, or could run code, which it then does not."""
+    """What torch.save wrote, on the CPU. CheckpointError: the file is damaged, is compressed,
+    or could run code, which it then does not."""
     with open(path, "rb") as file, refusing(path, "is truncated or holds more than plain values"):
         entries = zipfile.ZipFile(file).filelist if zipfile.is_zipfile(file) else []
         if any(entry.compress_type for entry in entries):
@@ -342,7 +342,7 @@ class Attention(nn.Module):
             cache[:, :, :, start : start + T] = torch.stack((k, v))
             k, v = cache[:, :, :, : start + T]
         scores = q @ k.transpose(-2, -1) / math.sqrt(k.shape[-1]) if trace else None
-        # Softmax of the scores so far, times v, fused; in bfloat16 its backward is slow on CPUs.
+        # Causal attention, fused; in float32 on CPUs, where its backward in bfloat16 is slow.
         q, k, v = (t.float() if t.is_cpu and t.element_size() == 2 else t for t in (q, k, v))
         dropout = self.dropout if self.training else 0.0
         with torch.autocast("cpu", enabled=False):
@@ -761,8 +761,8 @@ def _stored(model):
 
 def load_model(path, into=None):
     """Reads what save_model wrote, onto the CPU, in eval mode, nothing to train. into: the module
-    to fill, full-precision or quantized, if it is not our GPT. Our GPT keeps its embeddings in
-    float16, `into` its own dtype. CheckpointError: truncated, altered, foreign, another model's."""
+    to fill, full-precision or quantized, if it is not our GPT. Our GPT has its embeddings in
+    float16, `into` its own. CheckpointError: truncated, altered, foreign, another model's."""
     content = read_file(path)
     if (form := content.get("format") if isinstance(content, dict) else None) != PACKED_FORMAT:
         raise CheckpointError(f"{path} is not a packed model: {form} is not {PACKED_FORMAT}")
@@ -981,7 +981,7 @@ def c_library():
         return print(f"tsld: no C ({error}): generating is slower", file=sys.stderr)
     for name, sizes in {"half_product": 2, "ternary_product": 2, "attention": 4}.items():
         getattr(library, name).argtypes = 3 * [ctypes.c_void_p] + sizes * [ctypes.c_long]
-    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))  # OpenMP's are gone
+    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))  # a fork has no others
     return library
 
 
