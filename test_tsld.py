@@ -3662,8 +3662,12 @@ def test_the_map_has_every_teacher_and_mix_and_goes_on_where_it_stopped(
     assert [row["student_valid_ppl"] for row in again] == [row["student_valid_ppl"] for row in rows]
     run([*flags, "--seed", "1"], capsys, regimes.main)
     others = json.loads((tmp_path / "regimes-1.json").read_text())
-    assert {row["pretrained"] for row in others + rows} == {rows[0]["pretrained"]}
+    (known,) = {row["pretrained"] for row in others + rows}
     assert not {r["teacher_valid_ppl"] for r in others} & {r["teacher_valid_ppl"] for r in rows}
+    monkeypatch.setattr(regimes, "FOLDER", tmp_path / "fresh")  # the second seed before the first
+    run(["--seed", "1", "--out", str(tmp_path / "fresh"), *flags[2:]], capsys, regimes.main)
+    assert json.loads((tmp_path / "fresh" / "regimes-1.json").read_text())[0]["pretrained"] == known
+    monkeypatch.setattr(regimes, "FOLDER", tmp_path)
     (tmp_path / "regimes-1.json").write_text(json.dumps([others[0] | {"pretrained": "another"}]))
     assert train_small.main(flags, regimes.main) == 2
     assert "are of another pretrained model: move them away" in capsys.readouterr().err
