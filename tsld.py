@@ -98,8 +98,8 @@ def per_token_terms(student_logits, teacher_logits, targets):
     """Terms from logits (B, T, V) of any float dtype, or from objects with .logits; targets: int64
     (B, T). No gradient flows into the teacher. kd is a cross-entropy, KL(P^T ‖ P^S) plus the
     teacher's entropy, which no student changes: their gradients agree. ValueError: other shapes."""
-    logits = [getattr(z, "logits", z).float() for z in (student_logits, teacher_logits)]
-    log_p_student, log_p_teacher = logits[0].log_softmax(-1), logits[1].detach().log_softmax(-1)
+    ours, known = (getattr(z, "logits", z).float() for z in (student_logits, teacher_logits))
+    log_p_student, log_p_teacher = ours.log_softmax(-1), known.detach().log_softmax(-1)  # (B, T, V)
     if not log_p_student.shape == log_p_teacher.shape == (*targets.shape, log_p_student.shape[-1]):
         raise ValueError(f"the logits are not of targets of shape {tuple(targets.shape)}")
     true = targets[..., None]  # (B, T, 1)
@@ -175,7 +175,7 @@ def distillation_loss(name, terms, temperature=10.0, gt_weight=0.0):
 # matrix ("tensor") or for each of its rows, the output channels ("channel").
 
 def _group(granularity):
-    """The dimensions that one scale is of: reducing them with keepdim leaves (1, 1) or (out, 1)."""
+    """The dimensions that share one scale; reducing them with keepdim leaves (1, 1) or (out, 1)."""
     if granularity not in ("tensor", "channel"):
         raise ValueError(f"granularity must be 'tensor' or 'channel', not {granularity!r}")
     return (0, 1) if granularity == "tensor" else (1,)
@@ -761,8 +761,8 @@ def _stored(model):
 
 def load_model(path, into=None):
     """Reads what save_model wrote, onto the CPU, in eval mode, nothing to train. into: the module
-    to fill, full-precision or quantized, if it is not our GPT. Our GPT has its embeddings in
-    float16, `into` its own. CheckpointError: truncated, altered, foreign, another model's."""
+    to fill, full-precision or quantized, if it is not our GPT. Our GPT's embeddings are
+    float16; `into` keeps its dtype. CheckpointError: altered, foreign, another model's."""
     content = read_file(path)
     if (form := content.get("format") if isinstance(content, dict) else None) != PACKED_FORMAT:
         raise CheckpointError(f"{path} is not a packed model: {form} is not {PACKED_FORMAT}")
@@ -981,7 +981,7 @@ def c_library():
         return print(f"tsld: no C ({error}): generating is slower", file=sys.stderr)
     for name, sizes in {"half_product": 2, "ternary_product": 2, "attention": 4}.items():
         getattr(library, name).argtypes = 3 * [ctypes.c_void_p] + sizes * [ctypes.c_long]
-    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))  # a fork has no others
+    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))  # the child has one
     return library
 
 
