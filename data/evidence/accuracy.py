@@ -1,5 +1,5 @@
 """The paper's task tables in kind: accuracy and perplexity of a teacher, of the rounded teacher, and
-of its students at 2 and 4 bits.
+of its students at 4 and 2 bits. With --data a text takes the place of the task.
 
     python -m data.evidence.accuracy --task sst2 --seed 0    # one more seed of the students
     python -m data.evidence.accuracy draw                    # all rows as tables
@@ -10,6 +10,7 @@ stay. Seeds share their teacher, which the first one trains: start the others af
 import collections
 import copy
 import json
+import math
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,10 +22,17 @@ from data.evidence.table import FOLDER, where_and_when
 from data.files import read_json
 from tsld import TrainConfig
 
-BITS = (2, 4)
-# Loss, and the ground truth's weight in TSLD; the authors run 1/4.
-STUDENTS = (("logit", 0.0), ("logit_gt", 0.0), ("tsld", 0.0), ("tsld", 0.25))
-TAKES = {"task", "model", "seed", "teacher-steps", "steps", "student-tokens", "batch-size"}
+BITS = (4, 2)
+# Loss; the ground truth's weight in TSLD, and its τ: the paper's, or None for no token scale. The
+# authors run τ = 10 with the weight 1/4.
+STUDENTS = (
+    ("logit", 0.0, 10.0),
+    ("logit_gt", 0.0, 10.0),
+    ("tsld", 0.0, 10.0),
+    ("tsld", 0.25, 10.0),
+    ("tsld", 0.25, None),
+)
+TAKES = {"task", "data", "model", "seed", "teacher-steps", "steps", "student-tokens", "batch-size"}
 TAKES |= {"block-size", "granularity", "out", "device", "dtype"}
 
 
@@ -32,17 +40,20 @@ def main(argv):
     if argv == ["draw"]:
         return draw()
     about = "The paper's task tables in kind, to data/evidence/accuracy-SEED.json."
-    args = train_small.parse(argv, TAKES, about, task="sst2", model="tiny", out="out/accuracy")
+    args = train_small.parse(argv, TAKES, about, model="tiny", out="out/accuracy")
     seed, args.seed, args.resume = args.seed, 0, True  # the teacher's is 0
     setup, path = train_small.set_up(args), FOLDER / f"accuracy-{seed}.json"
     rows, teacher = read_json(path, []), train_small.train_teacher(setup)
-    of = {"task": args.task, "model": Path(setup.source.name).name, "seed": seed}
+    of = {"task": Path(setup.corpus).name, "model": Path(setup.source.name).name, "seed": seed}
     of |= {"granularity": args.granularity}
     of |= {"teacher": train_small.fingerprint(teacher.parameters())}
     of |= {"teacher_steps": setup.teacher.steps}
     of |= {"student_tokens": len(setup.tokens["student"]), "steps": setup.student.steps}
-    wanted = [of | {"loss": x, "gt_weight": w, "bits": b} for x, w in STUDENTS for b in BITS]
-    wanted = [row | {"config": config_of(setup, row)} for row in wanted]
+    wanted = [
+        of | {"loss": x, "gt_weight": w, "bits": b, "config": config_of(setup, x, w, t, b, seed)}
+        for b in BITS
+        for x, w, t in STUDENTS
+    ]
     wanted = [row for row in wanted if not any(row.items() <= there.items() for there in rows)]
     if not wanted:
         return draw()
@@ -50,13 +61,15 @@ def main(argv):
     frozen = train_small.frozen_teacher(setup, teacher, {"valid": known["teacher"]})
     for number, row in enumerate(wanted, 1):
         bits = row["bits"]
-        print(
-            f"{number} of {len(wanted)}: {bits} bits, {row['loss']}, {row['gt_weight']}", flush=True
+        config = TrainConfig(
+            **row["config"] | {"temperature": row["config"]["temperature"] or math.inf}
         )
+        mix = f"{config.loss}, τ {config.temperature}, ground truth · {config.gt_weight}"
+        print(f"{number} of {len(wanted)}: {bits} bits, {mix}", flush=True)
         student = tsld.quantize_model(copy.deepcopy(teacher), bits, args.granularity)
         if bits not in known:
             known[bits] = train_small.score(setup, student)["valid"]
-        name, config = f"{args.task}-seed-{seed}", TrainConfig(**row["config"])
+        name = f"{of['task']}-seed-{seed}"
         _, scores = train_small.train_student(setup, student, config, frozen, name)
         for file in Path(args.out).glob(f"student-{name}.*pt"):
             file.unlink(missing_ok=True)  # its row is all that is needed
@@ -68,12 +81,11 @@ def main(argv):
     draw()
 
 
-def config_of(setup, row):
-    """A student's configuration, at the paper's temperature, as JSON gives it back."""
-    config = replace(setup.student, **{key: row[key] for key in ("loss", "gt_weight", "seed")})
-    config.temperature = TrainConfig.temperature
-    config.lr = train_small.student_lr(setup.source.preset, row["bits"])
-    return asdict(config) | {"betas": list(config.betas)}
+def config_of(setup, loss, gt_weight, temperature, bits, seed):
+    """A student's configuration as JSON gives it back; it has no ∞, and None stands for it."""
+    config = replace(setup.student, loss=loss, gt_weight=gt_weight, seed=seed)
+    config.lr = train_small.student_lr(setup.source.preset, bits)
+    return asdict(config) | {"betas": list(config.betas), "temperature": temperature}
 
 
 def draw():
@@ -99,8 +111,10 @@ def draw():
         for bits in BITS:
             of_bits = [row for row in rows if row["bits"] == bits]
             print_row(bits, "rounded", of_bits, "rounded", units)
-            for loss, weight in STUDENTS:
-                same = [r for r in of_bits if (r["loss"], r["gt_weight"]) == (loss, weight)]
+            for *mix, t in STUDENTS:
+                same = [r for r in of_bits if [r["loss"], r["gt_weight"]] == mix]
+                same = [r for r in same if r["config"]["temperature"] == t]
+                loss, weight = mix if t else ("logit", mix[1])
                 name = f"{loss} + ground truth · {weight}" if weight else loss
                 print_row(bits, name, same, "student", units)
 

@@ -18,7 +18,6 @@ import re
 import statistics
 import sys
 from dataclasses import asdict, replace
-from itertools import product
 from pathlib import Path
 
 import torch
@@ -26,7 +25,7 @@ import torch
 import train_small
 import tsld
 from data import tasks
-from data.evidence.table import FOLDER, where_and_when
+from data.evidence.table import FOLDER, untrained, where_and_when
 from data.files import read_json
 from data.texts import UserError
 from tsld import TrainConfig
@@ -35,15 +34,35 @@ from tsld import TrainConfig
 PRETRAINING = TrainConfig(loss="gt", steps=1600, batch_size=32, lr=4e-3)
 FINE_TUNING = TrainConfig(loss="gt", batch_size=32, lr=1e-3)
 TEACHERS = (3, 12, 24, 1, 6)  # epochs of fine-tuning, in the order in which they are taken
-# Temperature of the token scale, or None, and weight of the ground truth; then that alone.
-MIXES = [*product((None, 10.0), (0.0, 1 / 16, 1 / 4, 1.0))]
-LABELS_ALONE = (None, None)
-# Bits, the student's epochs, the teachers, the mixes.
+# A mix: the loss; the token scale's temperature, None for no scale; the ground truth's weight.
+MIXES = [("tsld", t, weight) for t in (None, 10.0) for weight in (0.0, 1 / 16, 1 / 4, 1.0)]
+LABELS_ALONE = ("gt", None, None)
+# Table 1: what the authors' program runs as each row, the printed TSLD, and their TSLD unscaled.
+TABLE_1 = {
+    "L2L+logit": ("l2l", None, None),
+    "logit+GT": ("tsld", None, 1.0),
+    "logit": ("tsld", None, 0.0),
+    "TSLD as printed": ("tsld", 10.0, 0.0),
+    "TSLD as run: + ground truth · 1/4": ("tsld", 10.0, 1 / 4),
+    "logit + ground truth · 1/4": ("tsld", None, 1 / 4),
+}
+OPTQ = ("OPTQ", None, None)
+AT_4_BITS = [*TABLE_1.values()][1:]  # the paper has no L2L at 4 bits
+OTHERS = [("tsld", t, weight) for t in (1.0, 2.0, 5.0, 20.0) for weight in (0.0, 1 / 4)]
+# Bits, what shares a scale, the student's epochs, the teachers, the mixes: of table 1, then of all.
+TABLE_1_PARTS = (
+    (2, "tensor", 16, (12,), TABLE_1.values()),
+    (4, "channel", 0, (12,), [OPTQ]),
+    (4, "channel", 16, (12,), AT_4_BITS),
+    (4, "tensor", 16, (12,), AT_4_BITS),
+)
 MAP = (
-    (2, 16, TEACHERS, [*MIXES, LABELS_ALONE]),
-    (4, 16, TEACHERS[:3], MIXES),
-    (2, 16, (3, 24), [*product((1.0, 2.0, 5.0, 20.0), (0.0, 1 / 4))]),
-    (2, 64, (3, 24), MIXES),
+    *TABLE_1_PARTS,
+    (2, "tensor", 16, TEACHERS, [*MIXES, LABELS_ALONE]),
+    (2, "tensor", 16, (24,), OTHERS),
+    (4, "tensor", 16, TEACHERS[:3], MIXES),
+    (2, "tensor", 64, (3, 24), MIXES),
+    (2, "tensor", 16, (3,), OTHERS),
 )
 TAKES = {"seed", "out", "dtype", "device"}
 
@@ -60,45 +79,54 @@ def main(argv):
     rows, known = read_json(path, []), train_small.fingerprint(pretrained(setup).parameters())
     if any(row["pretrained"] != known for row in read_rows()):
         raise UserError(f"the rows in {FOLDER} are of another pretrained model: move them away")
+    names = "bits", "granularity", "epochs", "teacher_epochs", "loss", "temperature", "gt_weight"
     wanted = [
-        {"bits": bits, "epochs": epochs, "teacher_epochs": of_teacher, "temperature": temperature}
-        | {"gt_weight": gt_weight, "seed": seed}
-        for bits, epochs, teachers, mixes in MAP
+        dict(zip(names, (*setting, of_teacher, *mix))) | {"seed": seed}
+        for *setting, teachers, mixes in MAP
         for of_teacher in teachers
-        for temperature, gt_weight in mixes
+        for mix in mixes
     ]
-    there = [{key: row[key] for key in wanted[0]} for row in rows]
+    prepared = {}
     for number, setting in enumerate(wanted, 1):
-        if setting in there:
+        if any(setting.items() <= row.items() for row in rows):
             continue
         print(f"{number} of {len(wanted)}: {setting}", flush=True)
-        measured = {"pretrained": known} | measure(setup, **setting)
+        measured = {"pretrained": known} | measure(setup, prepared, **setting)
         rows.append(setting | measured | where_and_when("regimes"))
         train_small.write_text(path, json.dumps(rows, indent=1) + "\n")
     draw(read_rows())
 
 
-def measure(setup, bits, epochs, teacher_epochs, temperature, gt_weight, seed):
-    """Perplexities of the teacher, of the rounded teacher, and of the student after training."""
-    teacher = fine_tuned(setup, teacher_epochs, seed)
-    scores = {"teacher": train_small.score(setup, teacher)}
-    rounded = tsld.quantize_model(copy.deepcopy(teacher), bits)
-    scores["rounded"] = train_small.score(setup, rounded)
-    config = replace(setup.student, seed=seed)
-    if gt_weight is None:
-        config.loss = "gt"
+def measure(
+    setup, prepared, bits, granularity, epochs, teacher_epochs, loss, temperature, gt_weight, seed
+):
+    """Perplexities of the teacher, of the rounded teacher, and of the student after training.
+    prepared: what several students share, filled in."""
+    if teacher_epochs not in prepared:
+        teacher = fine_tuned(setup, teacher_epochs, seed)
+        scores = train_small.score(setup, teacher)
+        frozen = train_small.frozen_teacher(setup, teacher, scores)
+        prepared[teacher_epochs] = teacher, scores, frozen
+    teacher, of_teacher, frozen = prepared[teacher_epochs]
+    student = tsld.quantize_model(copy.deepcopy(teacher), bits, granularity)
+    rounding = teacher_epochs, bits, granularity
+    if rounding not in prepared:
+        prepared[rounding] = train_small.score(setup, student)
+    scores, config = {"teacher": of_teacher, "rounded": prepared[rounding]}, None
+    if loss == "OPTQ":
+        scores["student"] = train_small.score(setup, untrained(setup, teacher, "OPTQ"))
     else:
-        config.temperature, config.gt_weight = temperature or math.inf, gt_weight
-    config.steps = steps(epochs, config, setup.tokens["student"])
-    config.lr = train_small.student_lr(setup.source.preset, bits)
-    frozen = train_small.frozen_teacher(setup, teacher, scores["teacher"])
-    name = f"seed-{seed}"
-    student = tsld.quantize_model(copy.deepcopy(teacher), bits)
-    _, scores["student"] = train_small.train_student(setup, student, config, frozen, name)
-    for file in Path(setup.args.out).glob(f"student-{name}.*pt"):
-        file.unlink(missing_ok=True)  # its row is all that is needed
+        config = replace(setup.student, loss=loss, seed=seed)
+        config.temperature, config.gt_weight = temperature or math.inf, gt_weight or 0.0
+        config.steps = steps(epochs, config, setup.tokens["student"])
+        config.lr = train_small.student_lr(setup.source.preset, bits)
+        name = f"seed-{seed}"
+        _, scores["student"] = train_small.train_student(setup, student, config, frozen, name)
+        for file in Path(setup.args.out).glob(f"student-{name}.*pt"):
+            file.unlink(missing_ok=True)  # its row is all that is needed
+        config = asdict(config) | {"temperature": temperature}  # JSON has no ∞
     measured = {f"{who}_{part}_ppl": x["ppl"] for who in scores for part, x in scores[who].items()}
-    return measured | {"config": asdict(config) | {"temperature": temperature}}  # JSON has no ∞
+    return measured | {"config": config}
 
 
 def steps(epochs, config, tokens):
@@ -144,25 +172,33 @@ def read_rows():
 
 
 def draw(rows):
-    """Prints a table of each setting of bits and epochs, its seeds averaged, and draws the map."""
+    """Prints a table of each setting, its seeds averaged, and table 1; draws the map."""
     groups = collections.defaultdict(list)
     for row in rows:
-        key = row["bits"], row["epochs"], row["teacher_epochs"]
-        groups[key, row["temperature"], row["gt_weight"]].append(row)
-    found, mixes = {key[1:] for key in groups}, [*MIXES, LABELS_ALONE]
-    mixes += sorted(found - {*mixes})  # other temperatures
-    named = [f"{weight:g}, {f'τ {t:g}' if t else '-'}" for t, weight in mixes if weight is not None]
-    named.insert(len(MIXES), "labels alone")
+        setting = row["bits"], row["granularity"], row["epochs"], row["teacher_epochs"]
+        groups[setting, (row["loss"], row["temperature"], row["gt_weight"])].append(row)
+    columns = {mix: f"{mix[2]:g}, {f'τ {mix[1]:g}' if mix[1] else '-'}" for mix in MIXES + OTHERS}
+    columns |= {LABELS_ALONE: "labels alone"}
     print("validation perplexity: ground truth's weight, token scale")
-    titles = ("bits", "epochs", "teacher's epochs", "teacher", "rounded", *named)
-    print("\n| " + " | ".join(titles) + " |\n" + "| --- " * len(titles) + "|")
-    for setting in sorted({key[0] for key in groups}):
+    titles = ("bits", "a scale per", "epochs", "teacher's epochs", "teacher", "rounded")
+    print("\n| " + " | ".join((*titles, *columns.values())) + " |")
+    print("| --- " * len((*titles, *columns)) + "|")
+    for setting in sorted({setting for setting, mix in groups if mix in columns}):
         of_setting = [row for key in groups if key[0] == setting for row in groups[key]]
         cells = [f"{cell}" for cell in setting]
         cells += [mean_and_spread(of_setting, f"{who}_valid_ppl") for who in ("teacher", "rounded")]
-        for mix in mixes:
-            cells.append(mean_and_spread(groups.get((setting, *mix), []), "student_valid_ppl"))
+        cells += [mean_and_spread(groups[setting, mix], "student_valid_ppl") for mix in columns]
         print("| " + " | ".join(cells) + " |")
+    for bits, granularity, epochs, (of_teacher, *_), mixes in TABLE_1_PARTS:
+        print(
+            f"\ntable 1, {bits} bits, a scale per {granularity}, teacher of {of_teacher} epochs\n"
+        )
+        print("| method | validation perplexity | test perplexity |\n| --- | --- | --- |")
+        names = {mix: name for name, mix in TABLE_1.items()} | {OPTQ: "OPTQ"}
+        for mix in mixes:
+            of_mix = groups[(bits, granularity, epochs, of_teacher), mix]
+            cells = [mean_and_spread(of_mix, f"student_{part}_ppl") for part in ("valid", "test")]
+            print("| " + " | ".join((names[mix], *cells)) + " |")
     if importlib.util.find_spec("matplotlib"):
         figure(groups).savefig(FOLDER / "5-regimes.png", dpi=150)
 
@@ -184,12 +220,12 @@ def figure(groups):
     colors = {0.0: "tab:blue", 1 / 16: "tab:cyan", 1 / 4: "tab:orange", 1.0: "tab:red"}
     colors[None], styles = "black", {None: "--", 10.0: "-"}
     teachers = collections.defaultdict(list)
-    for temperature, weight in [*MIXES, LABELS_ALONE]:
-        lines = collections.defaultdict(list)
-        for (setting, *mix), rows in groups.items():
-            if setting[:2] == (2, 16) and mix == [temperature, weight]:
-                teachers[setting[2]] += [row["teacher_valid_ppl"] for row in rows]
-                lines[setting[2]] = [
+    for mix in [*MIXES, LABELS_ALONE]:
+        lines, (_, temperature, weight) = collections.defaultdict(list), mix
+        for (setting, of_mix), rows in groups.items():
+            if rows and setting[:3] == (2, "tensor", 16) and of_mix == mix:
+                teachers[setting[3]] += [row["teacher_valid_ppl"] for row in rows]
+                lines[setting[3]] = [
                     row["student_valid_ppl"] - row["teacher_valid_ppl"] for row in rows
                 ]
         epochs = sorted(lines)
