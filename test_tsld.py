@@ -3600,17 +3600,18 @@ def test_the_task_tables_have_every_student_and_go_on_where_they_stopped(
         flags = ["--task", "rte", "--steps", "3", "--seed", seed, *tiny[2:]]
         out = run(flags, capsys, accuracy.main)
     rows = json.loads((tmp_path / "accuracy-1.json").read_text())
-    students = {(row["bits"], row["loss"], row["gt_weight"]) for row in rows}
-    assert students == {(bits, *student) for bits in (2, 4) for student in accuracy.STUDENTS}
+    known = [(r["bits"], r["loss"], r["gt_weight"], r["config"]["temperature"]) for r in rows]
+    assert known == [(bits, *student) for bits in (4, 2) for student in accuracy.STUDENTS]
     assert {row["config"]["seed"] for row in rows} == {1}
-    assert {row["config"]["temperature"] for row in rows} == {10.0}
+    assert "Infinity" not in (tmp_path / "accuracy-1.json").read_text()
     assert {(row["bits"], row["config"]["lr"]) for row in rows} == {(2, 1e-3), (4, 1e-4)}
     both = rows + json.loads((tmp_path / "accuracy-0.json").read_text())
     assert len({row["teacher_ppl"] for row in both}) == 1  # one teacher
-    values = [r["student_ppl"] for r in both if (r["bits"], r["loss"]) == (2, "logit")]
-    cell = f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f} (2)"
-    assert re.search(rf"\| 2 \| logit \| {re.escape(cell)} \|", out)
-    (tmp_path / "accuracy-1.json").write_text(json.dumps(rows[:5]))
+    for name, number in (("logit", 5), ("logit + ground truth · 0.25", 9)):
+        values = [file[number]["student_ppl"] for file in (both[:10], both[10:])]
+        cell = f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f} (2)"
+        assert re.search(rf"\| 2 \| {re.escape(f'{name} | {cell}')} \|", out)
+    (tmp_path / "accuracy-1.json").write_text(json.dumps(rows[:7]))
     out = run(flags, capsys, accuracy.main)
     assert "3 of 3: " in out and "4 of" not in out
     again = json.loads((tmp_path / "accuracy-1.json").read_text())
@@ -3627,24 +3628,48 @@ def test_the_task_tables_have_every_student_and_go_on_where_they_stopped(
     assert found == rounded and found["tensor"] != found["channel"]
 
 
+def test_the_task_tables_take_a_text_and_no_token_scale_is_logit_distillation(
+    tiny, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(accuracy, "FOLDER", tmp_path)
+    students = ("logit", 0.0, 10.0), ("tsld", 0.0, None), ("tsld", 0.0, 0.02)
+    monkeypatch.setattr(accuracy, "STUDENTS", students)
+    run([*tiny, "--steps", "20", "--dtype", "float32"], capsys, accuracy.main)
+    rows = json.loads((tmp_path / "accuracy-0.json").read_text())
+    assert {row["task"] for row in rows} == {Path(tiny[1]).name} and len(rows) == 6
+    for bits in (rows[:3], rows[3:]):
+        logit, unscaled, scaled = (row["student_ppl"] for row in bits)
+        assert unscaled == pytest.approx(logit, rel=1e-6)
+        assert scaled != pytest.approx(logit, rel=1e-6)
+
+
 def test_the_map_has_every_teacher_and_mix_and_goes_on_where_it_stopped(
     tiny, capsys, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(regimes, "FOLDER", tmp_path)
     monkeypatch.setattr(regimes, "PRETRAINING", replace(regimes.PRETRAINING, steps=2, batch_size=4))
     monkeypatch.setattr(regimes, "FINE_TUNING", replace(regimes.FINE_TUNING, batch_size=4))
-    monkeypatch.setattr(
-        regimes, "MAP", ((2, 16, (1, 3), ((None, 0.0), (10.0, 0.25), (None, None))),)
-    )
+    mixes = [("tsld", None, 0.0), ("tsld", 10.0, 0.25), ("gt", None, None)]
+    parts = (4, "channel", 0, (3,), [regimes.OPTQ]), (4, "channel", 2, (3,), [("l2l", None, None)])
+    monkeypatch.setattr(regimes, "TABLE_1_PARTS", parts)
+    monkeypatch.setattr(regimes, "MAP", ((2, "tensor", 16, (1, 3), mixes), *parts))
     monkeypatch.setattr(regimes, "other_text", lambda tokenizer: torch.arange(900) % 2048)
     corpus = ("ptb", "a text", texts.split_text((WORDS * 40).encode()))
     monkeypatch.setattr(train_small, "load_corpus", lambda choice: corpus)
     flags = tiny[2:]
     out = run(flags, capsys, regimes.main)
     rows = json.loads((tmp_path / "regimes-0.json").read_text())
+    optq, l2l = rows[6:]
+    assert [row["granularity"] for row in rows] == 6 * ["tensor"] + 2 * ["channel"]
+    assert l2l["config"]["loss"] == l2l["loss"] == "l2l" and optq["config"] is None
+    assert optq["rounded_valid_ppl"] == l2l["rounded_valid_ppl"]
+    assert optq["student_valid_ppl"] not in (optq["rounded_valid_ppl"], optq["teacher_valid_ppl"])
+    for name, row in (("OPTQ", optq), ("L2L+logit", l2l)):
+        cells = [f"{row[f'student_{part}_ppl']:.2f} (1)" for part in ("valid", "test")]
+        assert f"| {name} | {' | '.join(cells)} |\n" in out
+    rows = rows[:6]
     seen = [(row["teacher_epochs"], row["temperature"], row["gt_weight"]) for row in rows]
-    mixes = [(None, 0.0), (10.0, 0.25), (None, None)]  # no token scale; labels alone
-    assert seen == [(epochs, *mix) for epochs in (1, 3) for mix in mixes]
+    assert seen == [(epochs, *mix[1:]) for epochs in (1, 3) for mix in mixes]
     assert {row["config"]["loss"] for row in rows[::3] + rows[1::3]} == {"tsld"}
     assert {row["config"]["loss"] for row in rows[2::3]} == {"gt"}
     assert "Infinity" not in (tmp_path / "regimes-0.json").read_text()
@@ -3655,10 +3680,11 @@ def test_the_map_has_every_teacher_and_mix_and_goes_on_where_it_stopped(
     assert len({row["teacher_valid_ppl"] for row in rows}) == 2
     drawn = (tmp_path / "5-regimes.png").exists()
     assert drawn == bool(importlib.util.find_spec("matplotlib"))
-    (tmp_path / "regimes-0.json").write_text(json.dumps(rows[:5]))
+    (tmp_path / "regimes-0.json").write_text(json.dumps([*rows[:5], optq, l2l]))
     out = run(flags, capsys, regimes.main)
-    assert "6 of 6: " in out and "5 of 6: " not in out
+    assert "6 of 8: " in out and "5 of 8: " not in out and "7 of 8: " not in out
     again = json.loads((tmp_path / "regimes-0.json").read_text())
+    again = [*again[:5], again[-1]]
     assert [row["student_valid_ppl"] for row in again] == [row["student_valid_ppl"] for row in rows]
     run([*flags, "--seed", "1"], capsys, regimes.main)
     others = json.loads((tmp_path / "regimes-1.json").read_text())
