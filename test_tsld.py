@@ -2866,8 +2866,12 @@ def test_a_run_leaves_one_result_per_loss_with_all_fields(tiny, capsys, tmp_path
     assert out.startswith(f"corpus: {tiny[1]}, as asked for\n")
     rows = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [row["loss"] for row in rows] == list(tsld.LOSSES)
+    assert [row["gt_weight"] for row in rows] == [
+        0.25 if x == "tsld" else None for x in tsld.LOSSES
+    ]
     for row in rows:
-        assert f"student, {row['loss']} " in out
+        name = f"student, {row['loss']}" + " + 0.25 gt" * (row["loss"] == "tsld")
+        assert re.search(rf"^{re.escape(name)} +\d", out, re.M)
         assert (row["bits"], row["granularity"], row["seed"]) == (2, "channel", 3)
         assert (row["model"], row["data"], row["tokenizer"]) == ("tiny", tiny[1], "bpe2048")
         assert all(row[name] > 0 for name in SCORES)
@@ -3479,6 +3483,8 @@ def test_figures_are_drawn_and_their_numbers_kept(drawn, tiny, capsys, tmp_path,
         model = GPT(train_small.PRESETS["tiny"].gpt)
         models[name] = model if name == "teacher" else tsld.quantize_model(model)
         model.load_state_dict(tsld.read_file(path)["model"])
+    student = tsld.read_file(tmp_path / "out" / "student-tsld.pt")
+    assert student["identity"]["gt_weight"] == 0.0  # the printed formula
     text = texts.split_text((WORDS * 40).encode())["valid"]
     valid = torch.tensor(train_small.load_tokenizer("bpe2048").encode_ordinary(text))
     B = (len(valid) - 1) // 16
@@ -3528,7 +3534,8 @@ def test_a_run_has_the_settings_that_measured_best_and_the_table_the_papers_temp
     assert temperatures() == (20.0, {10.0}, {1.0, 2.0, 5.0, 20.0})
     assert temperatures("--tsld-temperature", "7") == (7.0, {7.0}, {1.0, 2.0, 5.0, 10.0, 20.0})
     assert train_small.PRESETS["gpt2"].student.temperature == 10.0
-    for flags, weight in (([], 0.0), (["--gt-weight", "0.25"], 0.25)):
+    assert train_small.PRESETS["gpt2"].student.gt_weight == 0.0
+    for flags, weight in (([], 0.25), (["--gt-weight", "0"], 0.0), (["--gt-weight", "1"], 1.0)):
         assert train_small.set_up(train_small.parse([*flags, *tiny])).student.gt_weight == weight
 
 
@@ -3629,14 +3636,23 @@ def test_the_task_tables_have_every_student_and_go_on_where_they_stopped(
 
 
 def test_the_task_tables_take_a_text_and_no_token_scale_is_logit_distillation(
-    tiny, capsys, tmp_path, monkeypatch
+    tiny, capsys, tmp_path, monkeypatch, small_vocabulary
 ):
     monkeypatch.setattr(accuracy, "FOLDER", tmp_path)
     students = ("logit", 0.0, 10.0), ("tsld", 0.0, None), ("tsld", 0.0, 0.02)
     monkeypatch.setattr(accuracy, "STUDENTS", students)
-    run([*tiny, "--steps", "20", "--dtype", "float32"], capsys, accuracy.main)
+    out = run([*tiny, "--steps", "20", "--dtype", "float32"], capsys, accuracy.main)
     rows = json.loads((tmp_path / "accuracy-0.json").read_text())
     assert {row["task"] for row in rows} == {Path(tiny[1]).name} and len(rows) == 6
+    text = torch.tensor(
+        small_vocabulary.encode_ordinary(texts.split_text((WORDS * 40).encode())["train"])
+    )
+    teacher = GPT(train_small.PRESETS["tiny"].gpt)
+    (path,) = (tmp_path / "out").glob("teacher-*.pt")
+    teacher.load_state_dict(tsld.read_file(path)["model"])
+    own = math.exp(tsld.evaluate(teacher, text[:300], 16))
+    assert rows[0]["teacher_train_ppl"] == pytest.approx(own, rel=1e-6)
+    assert f"the teacher's perplexity on its own text: {own:.2f}\n" in out
     for bits in (rows[:3], rows[3:]):
         logit, unscaled, scaled = (row["student_ppl"] for row in bits)
         assert unscaled == pytest.approx(logit, rel=1e-6)
@@ -3644,7 +3660,7 @@ def test_the_task_tables_take_a_text_and_no_token_scale_is_logit_distillation(
 
 
 def test_the_map_has_every_teacher_and_mix_and_goes_on_where_it_stopped(
-    tiny, capsys, tmp_path, monkeypatch
+    tiny, capsys, tmp_path, monkeypatch, small_vocabulary
 ):
     monkeypatch.setattr(regimes, "FOLDER", tmp_path)
     monkeypatch.setattr(regimes, "PRETRAINING", replace(regimes.PRETRAINING, steps=2, batch_size=4))
@@ -3678,6 +3694,12 @@ def test_the_map_has_every_teacher_and_mix_and_goes_on_where_it_stopped(
         75
     } and "teacher, 3 epochs: step 14/14" in out
     assert len({row["teacher_valid_ppl"] for row in rows}) == 2
+    teacher = GPT(train_small.PRESETS["tiny"].gpt)
+    path = tmp_path / "out" / "teacher-3-epochs-seed-0.pt"
+    teacher.load_state_dict(tsld.read_file(path)["model"])
+    text = torch.tensor(small_vocabulary.encode_ordinary(corpus[2]["train"]))[:300]
+    own = math.exp(tsld.evaluate(teacher, text, 16))
+    assert [row["teacher_train_ppl"] for row in rows[3:]] == pytest.approx([own] * 3, rel=1e-6)
     drawn = (tmp_path / "5-regimes.png").exists()
     assert drawn == bool(importlib.util.find_spec("matplotlib"))
     (tmp_path / "regimes-0.json").write_text(json.dumps([*rows[:5], optq, l2l]))

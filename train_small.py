@@ -63,9 +63,11 @@ def train_and_compare(setup, args, out):
         config = replace(setup.student, loss=loss)
         seconds, scores["student"] = train_student(setup, student, config, frozen, loss)
         sizes |= pack(student, out / f"student-{loss}.packed")
-        table.append((f"student, {loss}", scores["student"], sizes["bytes_packed"]))
+        weight = config.gt_weight if loss == "tsld" else None
+        name = f"student, {loss} + {weight:g} gt" if weight else f"student, {loss}"
+        table.append((name, scores["student"], sizes["bytes_packed"]))
         row = {"loss": loss, **{key: getattr(args, key) for key in ("bits", "granularity", "seed")}}
-        row |= {"model": setup.source.name, "data": setup.corpus}
+        row |= {"gt_weight": weight, "model": setup.source.name, "data": setup.corpus}
         row |= {"tokenizer": setup.source.tokenizer.name, "task": args.task}
         for part, prefix in (("valid", ""), ("test", "test_")):
             for who in ("teacher", "ptq", "student"):
@@ -468,7 +470,7 @@ PRESETS = {
         gpt=GPTConfig(block_size=128, vocab_size=2048, n_layer=6, n_head=4, n_embd=128),
         tokenizer="bpe2048",
         teacher=TrainConfig(loss="gt", steps=350, batch_size=32, lr=4e-3),
-        student=TrainConfig(steps=100, batch_size=32, lr=1e-3, temperature=20.0),
+        student=TrainConfig(steps=100, batch_size=32, lr=1e-3, temperature=20.0, gt_weight=0.25),
         lr_4bit=1e-4,
         teacher_epochs=11,
         student_tokens=100_000,
@@ -672,9 +674,9 @@ FLAGS = {
         ("granularity", "tensor", {"choices": ("tensor", "channel")}, "what shares a scale"),
         ("tsld-temperature", None, {"type": number(float, finite=False)},
          "τ of the token scale, for --loss tsld (default 20 for tiny, else 10; inf: logit)"),
-        ("gt-weight", 0.0, {"type": number(float, or_equal=True)},
-         "weight of the ground-truth loss added to tsld; a quarter helps a student whose teacher "
-         "has not finished learning its text"),
+        ("gt-weight", None, {"type": number(float, or_equal=True)},
+         "weight of the ground-truth loss added to tsld (default 0.25 for tiny, else 0): labels "
+         "help a student whose teacher has not finished learning its text"),
     ],
     "model and data": [
         ("model", None, {}, f"{', '.join(PRESETS)}, or one of transformers by path or name "

@@ -58,6 +58,9 @@ def main(argv):
     if not wanted:
         return draw()
     known = {"teacher": train_small.score(setup, teacher)["valid"]}
+    if not args.task:  # how well it knows its own text
+        own = train_small.score(setup, teacher, ["student"])["student"]
+        known["teacher"]["train_ppl"] = own["ppl"]
     frozen = train_small.frozen_teacher(setup, teacher, {"valid": known["teacher"]})
     for number, row in enumerate(wanted, 1):
         bits = row["bits"]
@@ -99,6 +102,8 @@ def draw():
     for (task, model, granularity, teacher_steps, steps, *_), rows in tables.items():
         units = [key[8:] for key in rows[0] if key.startswith("rounded_")]
         print(f"\n{task}, {model}, a scale per {granularity}, {teacher_steps} and {steps} steps")
+        if "teacher_train_ppl" in rows[0]:
+            print(f"the teacher's perplexity on its own text: {rows[0]['teacher_train_ppl']:.2f}")
         print(
             "\n| bits | method | "
             + " | ".join(units)

@@ -392,7 +392,7 @@ def main(argv):
     )
     for loss in tsld.LOSSES:
         student = tsld.quantize_model(copy.deepcopy(teacher), 2, args.granularity)
-        config = replace(setup.student, loss=loss)
+        config = replace(setup.student, loss=loss, gt_weight=0.0)
         _, scores = train_small.train_student(
             setup, student, config, frozen, loss, figures.watch(loss)
         )

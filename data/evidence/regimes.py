@@ -104,7 +104,8 @@ def measure(
     prepared: what several students share, filled in."""
     if teacher_epochs not in prepared:
         teacher = fine_tuned(setup, teacher_epochs, seed)
-        scores = train_small.score(setup, teacher)
+        scores = train_small.score(setup, teacher, ("student", "valid", "test"))
+        scores["train"] = scores.pop("student")  # its own text, and its students'
         frozen = train_small.frozen_teacher(setup, teacher, scores)
         prepared[teacher_epochs] = teacher, scores, frozen
     teacher, of_teacher, frozen = prepared[teacher_epochs]
@@ -180,13 +181,20 @@ def draw(rows):
     columns = {mix: f"{mix[2]:g}, {f'τ {mix[1]:g}' if mix[1] else '-'}" for mix in MIXES + OTHERS}
     columns |= {LABELS_ALONE: "labels alone"}
     print("validation perplexity: ground truth's weight, token scale")
-    titles = ("bits", "a scale per", "epochs", "teacher's epochs", "teacher", "rounded")
+    who = ("teacher_train", "teacher_valid", "rounded_valid")
+    titles = (
+        "bits",
+        "a scale per",
+        "epochs",
+        "teacher's epochs",
+        *(x.replace("_", ", ") for x in who),
+    )
     print("\n| " + " | ".join((*titles, *columns.values())) + " |")
     print("| --- " * len((*titles, *columns)) + "|")
     for setting in sorted({setting for setting, mix in groups if mix in columns}):
         of_setting = [row for key in groups if key[0] == setting for row in groups[key]]
         cells = [f"{cell}" for cell in setting]
-        cells += [mean_and_spread(of_setting, f"{who}_valid_ppl") for who in ("teacher", "rounded")]
+        cells += [mean_and_spread(of_setting, f"{x}_ppl") for x in who]
         cells += [mean_and_spread(groups[setting, mix], "student_valid_ppl") for mix in columns]
         print("| " + " | ".join(cells) + " |")
     for bits, granularity, epochs, (of_teacher, *_), mixes in TABLE_1_PARTS:
