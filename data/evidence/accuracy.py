@@ -64,9 +64,8 @@ def main(argv):
     frozen = train_small.frozen_teacher(setup, teacher, {"valid": known["teacher"]})
     for number, row in enumerate(wanted, 1):
         bits = row["bits"]
-        config = TrainConfig(
-            **row["config"] | {"temperature": row["config"]["temperature"] or math.inf}
-        )
+        config = TrainConfig(**row["config"])
+        config.temperature = config.temperature or math.inf
         mix = f"{config.loss}, τ {config.temperature}, ground truth · {config.gt_weight}"
         print(f"{number} of {len(wanted)}: {bits} bits, {mix}", flush=True)
         student = tsld.quantize_model(copy.deepcopy(teacher), bits, args.granularity)

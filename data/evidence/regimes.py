@@ -180,15 +180,9 @@ def draw(rows):
         groups[setting, (row["loss"], row["temperature"], row["gt_weight"])].append(row)
     columns = {mix: f"{mix[2]:g}, {f'τ {mix[1]:g}' if mix[1] else '-'}" for mix in MIXES + OTHERS}
     columns |= {LABELS_ALONE: "labels alone"}
-    print("validation perplexity: ground truth's weight, token scale")
-    who = ("teacher_train", "teacher_valid", "rounded_valid")
-    titles = (
-        "bits",
-        "a scale per",
-        "epochs",
-        "teacher's epochs",
-        *(x.replace("_", ", ") for x in who),
-    )
+    print("perplexities; a student's, in validation, by ground truth's weight and token scale")
+    who = "teacher_train", "teacher_valid", "rounded_valid"
+    titles = "bits", "a scale per", "epochs", "teacher's epochs", *who
     print("\n| " + " | ".join((*titles, *columns.values())) + " |")
     print("| --- " * len((*titles, *columns)) + "|")
     for setting in sorted({setting for setting, mix in groups if mix in columns}):
@@ -198,9 +192,7 @@ def draw(rows):
         cells += [mean_and_spread(groups[setting, mix], "student_valid_ppl") for mix in columns]
         print("| " + " | ".join(cells) + " |")
     for bits, granularity, epochs, (of_teacher, *_), mixes in TABLE_1_PARTS:
-        print(
-            f"\ntable 1, {bits} bits, a scale per {granularity}, teacher of {of_teacher} epochs\n"
-        )
+        print(f"\ntable 1, {bits} bits, scale per {granularity}, teacher of {of_teacher} epochs\n")
         print("| method | validation perplexity | test perplexity |\n| --- | --- | --- |")
         names = {mix: name for name, mix in TABLE_1.items()} | {OPTQ: "OPTQ"}
         for mix in mixes:
