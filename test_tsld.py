@@ -3665,72 +3665,90 @@ def test_the_task_tables_take_a_text_and_no_token_scale_is_logit_distillation(
         assert scaled != pytest.approx(logit, rel=1e-6)
 
 
-def test_the_map_has_every_teacher_and_mix_and_goes_on_where_it_stopped(
-    tiny, capsys, tmp_path, monkeypatch, small_vocabulary
-):
+@pytest.fixture
+def small_map(tiny, tmp_path, monkeypatch):
+    """The flags of a map of three mixes, the mixes, and its corpus."""
     monkeypatch.setattr(regimes, "FOLDER", tmp_path)
     monkeypatch.setattr(regimes, "PRETRAINING", replace(regimes.PRETRAINING, steps=2, batch_size=4))
     monkeypatch.setattr(regimes, "FINE_TUNING", replace(regimes.FINE_TUNING, batch_size=4))
-    mixes = [("tsld", None, 0.0), ("tsld", 10.0, 0.25), ("gt", None, None)]
-    parts = (4, "channel", 0, (3,), [regimes.OPTQ]), (2, "channel", 2, (3,), [("l2l", None, None)])
-    monkeypatch.setattr(regimes, "TABLE_1_PARTS", parts)
-    monkeypatch.setattr(regimes, "MAP", ((2, "tensor", 16, (1, 3), mixes), *parts))
     monkeypatch.setattr(regimes, "other_text", lambda tokenizer: torch.arange(900) % 2048)
-    corpus = ("ptb", "a text", texts.split_text((WORDS * 40).encode()))
-    monkeypatch.setattr(train_small, "load_corpus", lambda choice: corpus)
-    flags = tiny[2:]
+    mixes = [("tsld", None, 0.0), ("tsld", 10.0, 0.25), ("gt", None, None)]
+    monkeypatch.setattr(regimes, "MAP", ((2, "tensor", 16, (1, 3), mixes),))
+    texts_of = texts.split_text((WORDS * 40).encode())
+    monkeypatch.setattr(train_small, "load_corpus", lambda choice: ("ptb", "a text", texts_of))
+    return tiny[2:], mixes, texts_of
+
+
+def test_the_map_has_every_teacher_and_mix_and_goes_on_where_it_stopped(
+    small_map, capsys, tmp_path
+):
+    flags, mixes, _ = small_map
     out = run(flags, capsys, regimes.main)
     rows = json.loads((tmp_path / "regimes-0.json").read_text())
-    optq, l2l = rows[6:]
-    assert [row["granularity"] for row in rows] == 6 * ["tensor"] + 2 * ["channel"]
-    assert l2l["config"]["loss"] == l2l["loss"] == "l2l" and optq["config"] is None
-    assert optq["student_valid_ppl"] not in (optq["rounded_valid_ppl"], optq["teacher_valid_ppl"])
-    for name, row in (("OPTQ", optq), ("L2L+logit", l2l)):
-        cells = [f"{row[f'student_{part}_ppl']:.2f} (1)" for part in ("valid", "test")]
-        assert f"| {name} | {' | '.join(cells)} |\n" in out
-    rows = rows[:6]
     seen = [(row["teacher_epochs"], row["temperature"], row["gt_weight"]) for row in rows]
     assert seen == [(epochs, *mix[1:]) for epochs in (1, 3) for mix in mixes]
-    assert {row["config"]["loss"] for row in rows[::3] + rows[1::3]} == {"tsld"}
-    assert {row["config"]["loss"] for row in rows[2::3]} == {"gt"}
+    assert [row["config"]["loss"] for row in rows] == 2 * ["tsld", "tsld", "gt"]
     assert [row["config"]["gt_weight"] for row in rows] == 2 * [0.0, 0.25, 0.0]
     assert "Infinity" not in (tmp_path / "regimes-0.json").read_text()
     # 300 tokens, 4 pieces of 16: an epoch is 4.7 steps.
-    assert {row["config"]["steps"] for row in rows} == {
-        75
-    } and "teacher, 3 epochs: step 14/14" in out
+    assert {row["config"]["steps"] for row in rows} == {75}
+    assert "teacher, 3 epochs: step 14/14" in out
     assert len({row["teacher_valid_ppl"] for row in rows}) == 2
+    drawn = (tmp_path / "5-regimes.png").exists()
+    assert drawn == bool(importlib.util.find_spec("matplotlib"))
+    (tmp_path / "regimes-0.json").write_text(json.dumps(rows[:5]))
+    out = run(flags, capsys, regimes.main)
+    assert "6 of 6: " in out and "5 of 6: " not in out
+    again = json.loads((tmp_path / "regimes-0.json").read_text())
+    assert [row["student_valid_ppl"] for row in again] == [row["student_valid_ppl"] for row in rows]
+
+
+def test_the_maps_seeds_share_one_pretrained_model(small_map, capsys, tmp_path, monkeypatch):
+    flags, mixes, _ = small_map
+    monkeypatch.setattr(regimes, "MAP", ((2, "tensor", 1, (1,), mixes[:1]),))
+    (tmp_path / "fresh").mkdir()
+    rows = {}
+    for folder, seed in (("", 0), ("", 1), ("fresh", 1)):  # and the second seed before the first
+        monkeypatch.setattr(regimes, "FOLDER", tmp_path / folder)
+        out = ["--out", str(tmp_path / folder / "models"), "--seed", str(seed)]
+        run([*flags[2:], *out], capsys, regimes.main)
+        path = tmp_path / folder / f"regimes-{seed}.json"
+        (rows[folder, seed],) = json.loads(path.read_text())
+    assert len({row["pretrained"] for row in rows.values()}) == 1
+    assert rows["", 0]["teacher_valid_ppl"] != rows["", 1]["teacher_valid_ppl"]
+    path.write_text(json.dumps([rows["", 1] | {"pretrained": "another"}]))
+    assert train_small.main([*flags[2:], *out], regimes.main) == 2
+    assert "are of another pretrained model: move them away" in capsys.readouterr().err
+
+
+def test_a_row_of_the_map_has_its_teachers_and_its_roundings_perplexity(
+    small_map, capsys, tmp_path, monkeypatch, small_vocabulary
+):
+    flags, mixes, texts_of = small_map
+    parts = (4, "channel", 0, (3,), [regimes.OPTQ]), (2, "channel", 2, (3,), [("l2l", None, None)])
+    monkeypatch.setattr(regimes, "TABLE_1_PARTS", parts)
+    monkeypatch.setattr(regimes, "MAP", ((2, "tensor", 2, (3,), mixes[:1]), *parts))
+    out = run(flags, capsys, regimes.main)
+    rows = json.loads((tmp_path / "regimes-0.json").read_text())
     teacher = GPT(train_small.PRESETS["tiny"].gpt)
     path = tmp_path / "out" / "teacher-3-epochs-seed-0.pt"
     teacher.load_state_dict(tsld.read_file(path)["model"])
-    text = torch.tensor(small_vocabulary.encode_ordinary(corpus[2]["train"]))[:300]
-    own = math.exp(tsld.evaluate(teacher, text, 16))
-    for row in (rows[3], optq, l2l):
-        rounded = copy.deepcopy(teacher)
-        tsld.quantize_model(rounded, row["bits"], row["granularity"])
-        text_of = small_vocabulary.encode_ordinary(corpus[2]["valid"])
-        perplexity = math.exp(tsld.evaluate(rounded, torch.tensor(text_of), 16))
-        assert row["rounded_valid_ppl"] == pytest.approx(perplexity, rel=1e-6)
-    assert [row["teacher_train_ppl"] for row in rows[3:]] == pytest.approx([own] * 3, rel=1e-6)
-    drawn = (tmp_path / "5-regimes.png").exists()
-    assert drawn == bool(importlib.util.find_spec("matplotlib"))
-    (tmp_path / "regimes-0.json").write_text(json.dumps([*rows[:5], optq, l2l]))
-    out = run(flags, capsys, regimes.main)
-    assert "6 of 8: " in out and "5 of 8: " not in out and "7 of 8: " not in out
-    again = json.loads((tmp_path / "regimes-0.json").read_text())
-    again = [*again[:5], again[-1]]
-    assert [row["student_valid_ppl"] for row in again] == [row["student_valid_ppl"] for row in rows]
-    run([*flags, "--seed", "1"], capsys, regimes.main)
-    others = json.loads((tmp_path / "regimes-1.json").read_text())
-    (known,) = {row["pretrained"] for row in others + rows}
-    assert not {r["teacher_valid_ppl"] for r in others} & {r["teacher_valid_ppl"] for r in rows}
-    monkeypatch.setattr(regimes, "FOLDER", tmp_path / "fresh")  # the second seed before the first
-    run(["--seed", "1", "--out", str(tmp_path / "fresh"), *flags[2:]], capsys, regimes.main)
-    assert json.loads((tmp_path / "fresh" / "regimes-1.json").read_text())[0]["pretrained"] == known
-    monkeypatch.setattr(regimes, "FOLDER", tmp_path)
-    (tmp_path / "regimes-1.json").write_text(json.dumps([others[0] | {"pretrained": "another"}]))
-    assert train_small.main(flags, regimes.main) == 2
-    assert "are of another pretrained model: move them away" in capsys.readouterr().err
+    ids = {x: torch.tensor(small_vocabulary.encode_ordinary(texts_of[x])) for x in texts_of}
+    perplexity = lambda model, part: math.exp(tsld.evaluate(model, part, 16))
+    for row in rows:
+        rounded = tsld.quantize_model(copy.deepcopy(teacher), row["bits"], row["granularity"])
+        expected = perplexity(rounded, ids["valid"])
+        assert row["rounded_valid_ppl"] == pytest.approx(expected, rel=1e-6)
+        own = perplexity(teacher, ids["train"][:300])
+        assert row["teacher_train_ppl"] == pytest.approx(own, rel=1e-6)
+    _, optq, l2l = rows
+    calibration = ids["train"][:288].view(18, 16)
+    expected = perplexity(baselines.optq(teacher, calibration), ids["valid"])
+    assert optq["config"] is None and optq["student_valid_ppl"] == pytest.approx(expected, rel=1e-6)
+    assert l2l["config"]["loss"] == l2l["loss"] == "l2l"
+    for name, row in (("OPTQ", optq), ("L2L+logit", l2l)):
+        cells = [f"{row[f'student_{part}_ppl']:.2f} (1)" for part in ("valid", "test")]
+        assert f"| {name} | {' | '.join(cells)} |\n" in out
 
 
 def test_the_other_text_is_the_tasks_own_words_without_the_prompts(monkeypatch, small_vocabulary):

@@ -115,10 +115,11 @@ def draw():
         for bits in BITS:
             of_bits = [row for row in rows if row["bits"] == bits]
             print_row(bits, "rounded", of_bits, "rounded", units)
-            for *mix, t in STUDENTS:
-                same = [r for r in of_bits if [r["loss"], r["gt_weight"]] == mix]
-                same = [r for r in same if r["config"]["temperature"] == t]
-                loss, weight = mix if t else ("logit", mix[1])
+            for loss, weight, t in STUDENTS:
+                mix = {"loss": loss, "gt_weight": weight}
+                of_mix = [row for row in of_bits if mix.items() <= row.items()]
+                same = [row for row in of_mix if row["config"]["temperature"] == t]
+                loss = loss if t else "logit"  # what TSLD without its token scale is
                 name = f"{loss} + ground truth · {weight}" if weight else loss
                 print_row(bits, name, same, "student", units)
 
