@@ -2093,6 +2093,20 @@ def test_confidence_is_the_largest_probability_and_the_cross_entropy():
     np.testing.assert_allclose(sure.numpy(), p.max(-1), rtol=1e-4)
     true = np.take_along_axis(p, targets.numpy()[..., None], -1)[..., 0]
     np.testing.assert_allclose(ce.numpy(), -np.log(true), rtol=1e-4)
+    wrapped = lambda ids: SimpleNamespace(logits=model(ids))  # as transformers' models answer
+    assert torch.equal(figures.confidence(wrapped, ids, targets)[1], ce)
+
+
+def test_a_model_is_sure_of_a_token_likelier_than_all_others_together():
+    model, text = micro_gpt(), micro_ids(3, 40).flatten()
+    model.lm_head.weight.data *= 4  # or no token of a random model is likely
+    setup = SimpleNamespace(
+        tokens={"student": text}, student=TrainConfig(block_size=7), device=torch.device("cpu")
+    )
+    blocks = text[: (len(text) - 1) // 7 * 7].view(-1, 7)
+    expected = (softmax64(model(blocks).detach()).max(-1) > 0.5).mean()
+    assert 0.05 < expected < 0.95
+    assert figures.sure_share(setup, model, "student") == pytest.approx(expected)
 
 
 def correlated(n, width, seed=0):
@@ -3658,7 +3672,11 @@ def test_the_task_tables_take_a_text_and_no_token_scale_is_logit_distillation(
     teacher.load_state_dict(tsld.read_file(path)["model"])
     own = math.exp(tsld.evaluate(teacher, text[:300], 16))
     assert rows[0]["teacher_train_ppl"] == pytest.approx(own, rel=1e-6)
-    assert f"the teacher's perplexity on its own text: {own:.2f}\n" in out
+    blocks = text[:288].view(18, 16)  # of 300 tokens
+    sure = (softmax64(teacher(blocks).detach()).max(-1) > 0.5).mean()
+    assert rows[0]["teacher_sure"] == pytest.approx(sure, abs=1e-2)
+    line = f"the teacher's perplexity on its own text: {own:.2f}; it is sure of {sure:.1%}\n"
+    assert line in out
     for bits in (rows[:3], rows[3:]):
         logit, unscaled, scaled = (row["student_ppl"] for row in bits)
         assert unscaled == pytest.approx(logit, rel=1e-6)
@@ -3725,6 +3743,7 @@ def test_a_row_of_the_map_has_its_teachers_and_its_roundings_perplexity(
     small_map, capsys, tmp_path, monkeypatch, small_vocabulary
 ):
     flags, mixes, texts_of = small_map
+    monkeypatch.setattr(figures, "SURE", 0.0006)  # of 2,048 tokens; this teacher has hardly learned
     parts = (4, "channel", 0, (3,), [regimes.OPTQ]), (2, "channel", 2, (3,), [("l2l", None, None)])
     monkeypatch.setattr(regimes, "TABLE_1_PARTS", parts)
     monkeypatch.setattr(regimes, "MAP", ((2, "tensor", 2, (3,), mixes[:1]), *parts))
@@ -3735,12 +3754,16 @@ def test_a_row_of_the_map_has_its_teachers_and_its_roundings_perplexity(
     teacher.load_state_dict(tsld.read_file(path)["model"])
     ids = {x: torch.tensor(small_vocabulary.encode_ordinary(texts_of[x])) for x in texts_of}
     perplexity = lambda model, part: math.exp(tsld.evaluate(model, part, 16))
+    p = softmax64(teacher(ids["train"][:288].view(18, 16)).detach())
+    sure = (p.max(-1) > 0.0006).mean()
+    assert 0 < sure < 1
     for row in rows:
         rounded = tsld.quantize_model(copy.deepcopy(teacher), row["bits"], row["granularity"])
         expected = perplexity(rounded, ids["valid"])
         assert row["rounded_valid_ppl"] == pytest.approx(expected, rel=1e-6)
         own = perplexity(teacher, ids["train"][:300])
         assert row["teacher_train_ppl"] == pytest.approx(own, rel=1e-6)
+        assert row["teacher_sure"] == pytest.approx(sure, abs=1e-2)
     _, optq, l2l = rows
     calibration = ids["train"][:288].view(18, 16)
     expected = perplexity(baselines.optq(teacher, calibration), ids["valid"])

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import train_small
 import tsld
+from data.evidence.figures import sure_share
 from data.evidence.regimes import mean_and_spread
 from data.evidence.table import FOLDER, where_and_when
 from data.files import read_json
@@ -61,6 +62,7 @@ def main(argv):
     if not args.task:  # how well it knows its own text
         own = train_small.score(setup, teacher, ["student"])["student"]
         known["teacher"]["train_ppl"] = own["ppl"]
+        known["teacher"]["sure"] = sure_share(setup, teacher, "student")
     frozen = train_small.frozen_teacher(setup, teacher, {"valid": known["teacher"]})
     for number, row in enumerate(wanted, 1):
         bits = row["bits"]
@@ -102,7 +104,8 @@ def draw():
         units = [key[8:] for key in rows[0] if key.startswith("rounded_")]
         print(f"\n{task}, {model}, a scale per {granularity}, {teacher_steps} and {steps} steps")
         if "teacher_train_ppl" in rows[0]:
-            print(f"the teacher's perplexity on its own text: {rows[0]['teacher_train_ppl']:.2f}")
+            own, sure = rows[0]["teacher_train_ppl"], rows[0]["teacher_sure"]
+            print(f"the teacher's perplexity on its own text: {own:.2f}; it is sure of {sure:.1%}")
         print(
             "\n| bits | method | "
             + " | ".join(units)

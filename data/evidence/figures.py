@@ -25,9 +25,7 @@ from data.files import read_json
 from data.texts import UserError
 
 FOLDER = Path(__file__).resolve().parent
-SHOWN = (
-    64  # blocks of text that figures 1, 2 and 4 show; the means of figure 4 are of the whole text
-)
+SHOWN = 64  # blocks of text in figures 1, 2 and 4; the means of figure 4 are of the whole text
 SURE = 0.5  # the top probability that parts low confidence from high
 STYLES = {  # name in a figure, and colour
     "without training": ("without training", "C7"),
@@ -80,9 +78,30 @@ def distance_by_token(student, teacher, ids):
 @torch.no_grad()
 def confidence(model, ids, targets):
     """The probability of the likeliest token, and the cross-entropy of the true one in nats, (B,
-    T)."""
-    log_p = F.log_softmax(model(ids).float(), dim=-1)  # (B, T, V)
-    return log_p.amax(-1).exp(), -log_p.gather(-1, targets[..., None])[..., 0]
+    T). model: gives logits, or an object with .logits."""
+    found = []
+    for some_ids, some_targets in zip(ids.split(SHOWN), targets.split(SHOWN)):
+        output = model(some_ids)
+        log_p = F.log_softmax(getattr(output, "logits", output).float(), dim=-1)  # (b, T, V)
+        found.append((log_p.amax(-1).exp(), -log_p.gather(-1, some_targets[..., None])[..., 0]))
+    sure, ce = (torch.cat(parts) for parts in zip(*found))
+    return sure, ce
+
+
+def whole_blocks(setup, part):
+    """A text's tokens in whole blocks, and the token after each: int64 (B, T) both."""
+    text, T = setup.tokens[part], setup.student.block_size
+    B = (len(text) - 1) // T
+    if B < 1:
+        whole = f"the figures look at whole blocks of {T} tokens"
+        raise train_small.UserError(f"{whole}, and the {part} text has none")
+    return [text[a : B * T + a].view(B, T).to(setup.device) for a in (0, 1)]
+
+
+def sure_share(setup, model, part):
+    """The share of a text's tokens for which the model has a next one that it finds likelier than
+    all others together."""
+    return (confidence(model.eval(), *whole_blocks(setup, part))[0] > SURE).float().mean().item()
 
 
 class Figures:
@@ -90,19 +109,9 @@ class Figures:
 
     def __init__(self, setup, teacher):
         self.setup, self.teacher = setup, teacher
-        text, T = setup.tokens["valid"], setup.student.block_size
-        B = (len(text) - 1) // T
-        if B < 1:
-            whole = f"the figures look at whole blocks of {T} tokens"
-            raise train_small.UserError(f"{whole}, and the valid text has none")
-        ids, targets = text[: B * T].view(B, T), text[1 : B * T + 1].view(B, T)
-        self.ids, self.targets = ids.to(setup.device), targets.to(setup.device)
+        self.ids, self.targets = whole_blocks(setup, "valid")
         self.errors, self.distances, self.histories, self.ce = {}, {}, {}, {}
-        self.sure, self.ce["teacher"] = self.confidence(teacher)
-
-    def confidence(self, model):
-        blocks = zip(self.ids.split(SHOWN), self.targets.split(SHOWN))
-        return [torch.cat(parts) for parts in zip(*(confidence(model, *block) for block in blocks))]
+        self.sure, self.ce["teacher"] = confidence(teacher, self.ids, self.targets)
 
     def look_at(self, name, student):
         if name in ("without training", "l2l", "logit"):
@@ -110,7 +119,7 @@ class Figures:
             self.errors[name] = error_by_position(student, self.teacher, shown)
             self.distances[name] = distance_by_token(student, self.teacher, shown)
         if name in ("logit", "tsld"):
-            self.ce[name] = self.confidence(student)[1]
+            self.ce[name] = confidence(student, self.ids, self.targets)[1]
 
     def watch(self, loss):
         """For figure 3: 20 times in its training, the student's cross-entropy on its own text and

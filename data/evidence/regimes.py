@@ -25,6 +25,7 @@ import torch
 import train_small
 import tsld
 from data import tasks
+from data.evidence.figures import sure_share
 from data.evidence.table import FOLDER, untrained, where_and_when
 from data.files import read_json
 from data.texts import UserError
@@ -48,7 +49,9 @@ TABLE_1 = {
 }
 OPTQ = ("OPTQ", None, None)
 AT_4_BITS = [*TABLE_1.values()][1:]  # the paper has no L2L at 4 bits
+# The token scale's best chance: other temperatures, and a teacher that is surer of its text.
 OTHERS = [("tsld", t, weight) for t in (1.0, 2.0, 5.0, 20.0) for weight in (0.0, 1 / 4)]
+PAIRS = [mix for mix in MIXES if mix[2] in (0.0, 1 / 4)]
 # Bits, what shares a scale, the student's epochs, the teachers, the mixes: of table 1, then of all.
 TABLE_1_PARTS = (
     (2, "tensor", 16, (12,), TABLE_1.values()),
@@ -60,9 +63,9 @@ MAP = (
     *TABLE_1_PARTS,
     (2, "tensor", 16, TEACHERS, [*MIXES, LABELS_ALONE]),
     (2, "tensor", 16, (24,), OTHERS),
+    (2, "tensor", 16, (48,), PAIRS),
     (4, "tensor", 16, TEACHERS[:3], MIXES),
     (2, "tensor", 64, (3, 24), MIXES),
-    (2, "tensor", 16, (3,), OTHERS),
 )
 TAKES = {"seed", "out", "dtype", "device"}
 
@@ -100,15 +103,17 @@ def main(argv):
 def measure(
     setup, prepared, bits, granularity, epochs, teacher_epochs, loss, temperature, gt_weight, seed
 ):
-    """Perplexities of the teacher, of the rounded teacher, and of the student after training.
-    prepared: what several students share, filled in."""
+    """Perplexities of the teacher, of the rounded teacher, and of the student after training, and
+    the share of its own text's tokens that the teacher is sure of. prepared: what several students
+    share, filled in."""
     if teacher_epochs not in prepared:
         teacher = fine_tuned(setup, teacher_epochs, seed)
         scores = train_small.score(setup, teacher, ("student", "valid", "test"))
         scores["train"] = scores.pop("student")  # its own text, and its students'
         frozen = train_small.frozen_teacher(setup, teacher, scores)
-        prepared[teacher_epochs] = teacher, scores, frozen
-    teacher, of_teacher, frozen = prepared[teacher_epochs]
+        sure = sure_share(setup, teacher, "student")
+        prepared[teacher_epochs] = teacher, scores, sure, frozen
+    teacher, of_teacher, sure, frozen = prepared[teacher_epochs]
     student = tsld.quantize_model(copy.deepcopy(teacher), bits, granularity)
     rounding = teacher_epochs, bits, granularity
     if rounding not in prepared:
@@ -127,7 +132,7 @@ def measure(
             file.unlink(missing_ok=True)  # its row is all that is needed
         config = asdict(config) | {"temperature": temperature}  # JSON has no ∞
     measured = {f"{who}_{part}_ppl": x["ppl"] for who in scores for part, x in scores[who].items()}
-    return measured | {"config": config}
+    return measured | {"teacher_sure": sure, "config": config}
 
 
 def steps(epochs, config, tokens):
@@ -181,14 +186,14 @@ def draw(rows):
     columns = {mix: f"{mix[2]:g}, {f'τ {mix[1]:g}' if mix[1] else '-'}" for mix in MIXES + OTHERS}
     columns |= {LABELS_ALONE: "labels alone"}
     print("perplexities; a student's, in validation, by ground truth's weight and token scale")
-    who = "teacher_train", "teacher_valid", "rounded_valid"
+    who = "teacher_train_ppl", "teacher_sure", "teacher_valid_ppl", "rounded_valid_ppl"
     titles = "bits", "a scale per", "epochs", "teacher's epochs", *who
     print("\n| " + " | ".join((*titles, *columns.values())) + " |")
     print("| --- " * len((*titles, *columns)) + "|")
     for setting in sorted({setting for setting, mix in groups if mix in columns}):
         of_setting = [row for key in groups if key[0] == setting for row in groups[key]]
         cells = [f"{cell}" for cell in setting]
-        cells += [mean_and_spread(of_setting, f"{x}_ppl") for x in who]
+        cells += [mean_and_spread(of_setting, key, 3 if "sure" in key else 2) for key in who]
         cells += [mean_and_spread(groups[setting, mix], "student_valid_ppl") for mix in columns]
         print("| " + " | ".join(cells) + " |")
     for bits, granularity, epochs, (of_teacher, *_), mixes in TABLE_1_PARTS:
