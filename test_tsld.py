@@ -3677,7 +3677,8 @@ def test_the_task_tables_take_a_text_and_no_token_scale_is_logit_distillation(
     sure = (softmax64(teacher(blocks).detach()).max(-1) > 0.0006).mean()
     assert 0 < sure < 1
     assert rows[0]["teacher_sure"] == pytest.approx(sure, abs=1e-2)
-    line = f"the teacher's perplexity on its own text: {own:.2f}; it is sure of {rows[0]['teacher_sure']:.1%}\n"
+    share = rows[0]["teacher_sure"]
+    line = f"the teacher's perplexity on its own text: {own:.2f}; it is sure of {share:.1%}\n"
     assert line in out
     for bits in (rows[:3], rows[3:]):
         logit, unscaled, scaled = (row["student_ppl"] for row in bits)
