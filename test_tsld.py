@@ -3701,9 +3701,11 @@ def small_map(tiny, tmp_path, monkeypatch):
 
 
 def test_the_map_has_every_teacher_and_mix_and_goes_on_where_it_stopped(
-    small_map, capsys, tmp_path
+    small_map, capsys, tmp_path, monkeypatch
 ):
     flags, mixes, _ = small_map
+    short = replace(train_small.PRESETS["tiny"], student_tokens=100)
+    monkeypatch.setitem(train_small.PRESETS, "tiny", short)
     out = run(flags, capsys, regimes.main)
     rows = json.loads((tmp_path / "regimes-0.json").read_text())
     seen = [(row["teacher_epochs"], row["temperature"], row["gt_weight"]) for row in rows]
@@ -3711,9 +3713,9 @@ def test_the_map_has_every_teacher_and_mix_and_goes_on_where_it_stopped(
     assert [row["config"]["loss"] for row in rows] == 2 * ["tsld", "tsld", "gt"]
     assert [row["config"]["gt_weight"] for row in rows] == 2 * [0.0, 0.25, 0.0]
     assert "Infinity" not in (tmp_path / "regimes-0.json").read_text()
-    # 300 tokens, 4 pieces of 16: an epoch is 4.7 steps.
-    assert {row["config"]["steps"] for row in rows} == {75}
-    assert "teacher, 3 epochs: step 14/14" in out
+    # 100 tokens, 4 pieces of 16: an epoch is 1.56 steps.
+    assert {row["config"]["steps"] for row in rows} == {25}
+    assert "teacher, 3 epochs: step 5/5" in out
     assert len({row["teacher_valid_ppl"] for row in rows}) == 2
     drawn = (tmp_path / "5-regimes.png").exists()
     assert drawn == bool(importlib.util.find_spec("matplotlib"))
