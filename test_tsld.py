@@ -3779,6 +3779,31 @@ def test_a_row_of_the_map_has_its_teachers_and_its_roundings_perplexity(
         assert f"| {name} | {' | '.join(cells)} |\n" in out
 
 
+def test_the_token_scale_is_judged_by_pairs_of_one_seed_and_one_weight(
+    capsys, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(regimes, "FOLDER", tmp_path)
+    values = {  # temperature, weight, seed: validation perplexity
+        **{(None, 0.0, 0): 50.0, (10.0, 0.0, 0): 51.5},
+        **{(None, 0.0, 1): 60.0, (10.0, 0.0, 1): 59.0},
+        **{(None, 0.25, 0): 40.0, (10.0, 0.25, 0): 39.0},
+        **{(10.0, 0.25, 1): 7.0, (20.0, 0.0, 0): 7.0},  # without a twin, at another temperature
+    }
+    measured = dict.fromkeys(("teacher_train_ppl", "teacher_valid_ppl", "rounded_valid_ppl"), 9.0)
+    measured |= {"bits": 2, "granularity": "tensor", "epochs": 16, "loss": "tsld"}
+    rows = [
+        measured
+        | {"teacher_epochs": 3, "teacher_sure": 0.1 + seed, "temperature": t, "gt_weight": weight}
+        | {"seed": seed, "student_valid_ppl": value, "student_test_ppl": value}
+        for (t, weight, seed), value in values.items()
+    ]
+    regimes.draw(rows)
+    error = np.std([1.5, -1.0, -1.0], ddof=1) / 3**0.5
+    printed = capsys.readouterr().out
+    assert f"| 2 | tensor | 16 | 3 | -0.17 ± {error:.2f} | 3 | 2 |\n" in printed
+    assert "| 2 | tensor | 16 | 3 | 9.00 (2) | 0.600 ± 0.707 (2) | " in printed
+
+
 def test_the_other_text_is_the_tasks_own_words_without_the_prompts(monkeypatch, small_vocabulary):
     examples = {
         name: [tasks.Example(prompt.replace("{}", "Why  NOT").format(*"abcde"), ("x", "Y"), 1)]

@@ -79,8 +79,8 @@ def distance_by_token(student, teacher, ids):
 def confidence(model, ids, targets):
     """The probability of the likeliest token, and the cross-entropy of the true one in nats, (B,
     T). model: gives logits, or an object with .logits."""
-    found = []
-    for some_ids, some_targets in zip(ids.split(SHOWN), targets.split(SHOWN)):
+    found, rows = [], max(1, 2048 // ids.shape[1])  # at a time: bounds the logits' memory
+    for some_ids, some_targets in zip(ids.split(rows), targets.split(rows)):
         output = model(some_ids)
         log_p = F.log_softmax(getattr(output, "logits", output).float(), dim=-1)  # (b, T, V)
         found.append((log_p.amax(-1).exp(), -log_p.gather(-1, some_targets[..., None])[..., 0]))

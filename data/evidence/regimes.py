@@ -62,7 +62,7 @@ TABLE_1_PARTS = (
 MAP = (
     *TABLE_1_PARTS,
     (2, "tensor", 16, TEACHERS, [*MIXES, LABELS_ALONE]),
-    (2, "tensor", 16, (24,), OTHERS),
+    (2, "tensor", 16, (24, 48), OTHERS),
     (2, "tensor", 16, (48,), PAIRS),
     (4, "tensor", 16, TEACHERS[:3], MIXES),
     (2, "tensor", 64, (3, 24), MIXES),
@@ -178,7 +178,8 @@ def read_rows():
 
 
 def draw(rows):
-    """Prints a table of each setting, its seeds averaged, and table 1; draws the map."""
+    """Prints a table of each setting, its seeds averaged, what the token scale does in it, and
+    table 1; draws the map."""
     groups = collections.defaultdict(list)
     for row in rows:
         setting = row["bits"], row["granularity"], row["epochs"], row["teacher_epochs"]
@@ -196,6 +197,18 @@ def draw(rows):
         cells += [mean_and_spread(of_setting, key, 3 if "sure" in key else 2) for key in who]
         cells += [mean_and_spread(groups[setting, mix], "student_valid_ppl") for mix in columns]
         print("| " + " | ".join(cells) + " |")
+    print("\nperplexity with the token scale, τ 10, minus without it, over seeds and weights")
+    names = *titles[:4], "mean ± standard error", "pairs", "with it ahead"
+    print("\n| " + " | ".join(names) + " |\n" + "| --- " * len(names) + "|")
+    for setting, both in sorted(pairs(groups).items()):
+        changes = [row["student_valid_ppl"] - twin["student_valid_ppl"] for row, twin in both]
+        error = statistics.stdev(changes) / len(changes) ** 0.5 if len(changes) > 1 else math.nan
+        cells = (
+            f"{statistics.mean(changes):+.2f} ± {error:.2f}",
+            len(both),
+            sum(x < 0 for x in changes),
+        )
+        print("| " + " | ".join(map(str, (*setting, *cells))) + " |")
     for bits, granularity, epochs, (of_teacher, *_), mixes in TABLE_1_PARTS:
         print(f"\ntable 1, {bits} bits, scale per {granularity}, teacher of {of_teacher} epochs\n")
         print("| method | validation perplexity | test perplexity |\n| --- | --- | --- |")
@@ -208,6 +221,16 @@ def draw(rows):
         figure(groups).savefig(FOLDER / "5-regimes.png", dpi=150)
 
 
+def pairs(groups):
+    """Setting to the rows of TSLD at τ = 10, each with its twin without token scale."""
+    found = collections.defaultdict(list)
+    for (setting, (loss, temperature, weight)), rows in [*groups.items()]:
+        twins = {row["seed"]: row for row in groups.get((setting, (loss, None, weight)), [])}
+        if temperature == 10.0:
+            found[setting] += [(row, twins[row["seed"]]) for row in rows if row["seed"] in twins]
+    return {setting: both for setting, both in found.items() if both}
+
+
 def mean_and_spread(rows, key, digits=2):
     values = {row["seed"]: row[key] for row in rows}.values()  # a teacher has a row per student
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len({*values}) > 1 else ""
@@ -215,20 +238,22 @@ def mean_and_spread(rows, key, digits=2):
 
 
 def figure(groups):
-    """The student's perplexity against its teacher's, over how far the teacher has learned."""
+    """Left, the student's perplexity against its teacher's, over how far the teacher has learned;
+    right, what the token scale changes, over how sure the teacher is."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    drawing, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    drawing, (axes, right) = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     colors = {0.0: "tab:blue", 1 / 16: "tab:cyan", 1 / 4: "tab:orange", 1.0: "tab:red"}
     colors[None], styles = "black", {None: "--", 10.0: "-"}
     teachers = collections.defaultdict(list)
     for mix in [*MIXES, LABELS_ALONE]:
         lines, (_, temperature, weight) = collections.defaultdict(list), mix
         for (setting, of_mix), rows in groups.items():
-            if rows and setting[:3] == (2, "tensor", 16) and of_mix == mix:
+            drawn = setting[:3] == (2, "tensor", 16) and setting[3] in TEACHERS
+            if rows and drawn and of_mix == mix:
                 teachers[setting[3]] += [row["teacher_valid_ppl"] for row in rows]
                 lines[setting[3]] = [
                     row["student_valid_ppl"] - row["teacher_valid_ppl"] for row in rows
@@ -258,8 +283,26 @@ def figure(groups):
     names += ["ground truth alone", "no token scale", "token scale, τ = 10"]
     axes.legend(lines, names, fontsize=8)
     axes.set_title(
-        "The ground truth helps a student whose teacher has not finished learning its text;\n"
-        "the token scale (full lines) changes little",
+        "The ground truth helps a student whose teacher\nhas not finished learning its text",
+        fontsize=9,
+    )
+    for setting, both in pairs(groups).items():
+        if setting[:3] == (2, "tensor", 16):
+            sure = [100 * row["teacher_sure"] for row, _ in both]
+            change = [
+                100 * (row["student_valid_ppl"] / twin["student_valid_ppl"] - 1)
+                for row, twin in both
+            ]
+            right.scatter(sure, change, s=12, color=[colors[row["gt_weight"]] for row, _ in both])
+            right.plot(statistics.mean(sure), statistics.mean(change), "_k", markersize=14)
+            place = {"transform": right.get_xaxis_transform(), "ha": "center"}
+            right.text(statistics.mean(sure), 0.02, f"{setting[3]}", fontsize=8, **place)
+    right.axhline(0, color="black", linewidth=0.8)
+    right.set_xlabel("tokens of the student's text that its teacher is sure of, %")
+    right.set_ylabel("change of perplexity by the token scale, %")
+    right.set_title(
+        "The token scale helps where the teacher is sure\n"
+        "(a dot: one seed and weight; bars: means; below: the teacher's epochs)",
         fontsize=9,
     )
     return drawing
