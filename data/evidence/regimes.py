@@ -224,7 +224,7 @@ def draw(rows):
 def pairs(groups):
     """Setting to the rows of TSLD at τ = 10, each with its twin without token scale."""
     found = collections.defaultdict(list)
-    for (setting, (loss, temperature, weight)), rows in [*groups.items()]:
+    for (setting, (loss, temperature, weight)), rows in groups.items():
         twins = {row["seed"]: row for row in groups.get((setting, (loss, None, weight)), [])}
         if temperature == 10.0:
             found[setting] += [(row, twins[row["seed"]]) for row in rows if row["seed"] in twins]
@@ -297,11 +297,12 @@ def figure(groups):
             right.plot(statistics.mean(sure), statistics.mean(change), "_k", markersize=14)
             place = {"transform": right.get_xaxis_transform(), "ha": "center"}
             right.text(statistics.mean(sure), 0.02, f"{setting[3]}", fontsize=8, **place)
+    right.margins(y=0.12)
     right.axhline(0, color="black", linewidth=0.8)
     right.set_xlabel("tokens of the student's text that its teacher is sure of, %")
     right.set_ylabel("change of perplexity by the token scale, %")
     right.set_title(
-        "The token scale helps where the teacher is sure\n"
+        "The token scale changes little, up and down, with surer teachers too\n"
         "(a dot: one seed and weight; bars: means; below: the teacher's epochs)",
         fontsize=9,
     )
