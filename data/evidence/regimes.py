@@ -274,7 +274,7 @@ def figure(groups):
     epochs = sorted(teachers)
     axes.set_xticks(epochs, [f"{n}\n({statistics.mean(teachers[n]):.1f})" for n in epochs])
     axes.minorticks_off()
-    axes.set_xlabel("epochs of the teacher on the student's text (its own perplexity)")
+    axes.set_xlabel("epochs of the teacher on the student's text (its validation perplexity)")
     axes.set_ylabel("perplexity, student minus teacher")
     lines = [axes.plot([], [], color=color)[0] for color in [*colors.values()][:-1]]
     kinds = [":", *styles.values()]
@@ -302,7 +302,7 @@ def figure(groups):
     right.set_xlabel("tokens of the student's text that its teacher is sure of, %")
     right.set_ylabel("change of perplexity by the token scale, %")
     right.set_title(
-        "The token scale changes little, up and down, with surer teachers too\n"
+        "The token scale (τ = 10) changes little, with surer teachers too\n"
         "(a dot: one seed and weight; bars: means; below: the teacher's epochs)",
         fontsize=9,
     )
