@@ -2087,7 +2087,7 @@ def test_distance_by_token_is_the_kl_divergence_of_the_two_distributions():
 
 
 def test_confidence_is_the_largest_probability_and_the_cross_entropy():
-    model, ids, targets = micro_gpt(), micro_ids(3), micro_ids(3, seed=1)
+    model, ids, targets = micro_gpt(), micro_ids(300), micro_ids(300, seed=1)  # two parts
     p = softmax64(model(ids).detach())
     sure, ce = figures.confidence(model, ids, targets)
     np.testing.assert_allclose(sure.numpy(), p.max(-1), rtol=1e-4)
@@ -2107,6 +2107,11 @@ def test_a_model_is_sure_of_a_token_likelier_than_all_others_together():
     expected = (softmax64(model(blocks).detach()).max(-1) > 0.5).mean()
     assert 0.05 < expected < 0.95
     assert figures.sure_share(setup, model, "student") == pytest.approx(expected)
+    setup.student.block_size = len(text)  # and its last token has no next one
+    with pytest.raises(
+        train_small.UserError, match=f"the student text has no whole block of {len(text)} "
+    ):
+        figures.sure_share(setup, model, "student")
 
 
 def correlated(n, width, seed=0):

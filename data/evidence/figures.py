@@ -93,8 +93,7 @@ def whole_blocks(setup, part):
     text, T = setup.tokens[part], setup.student.block_size
     B = (len(text) - 1) // T
     if B < 1:
-        whole = f"the figures look at whole blocks of {T} tokens"
-        raise train_small.UserError(f"{whole}, and the {part} text has none")
+        raise train_small.UserError(f"the {part} text has no whole block of {T} tokens")
     return [text[a : B * T + a].view(B, T).to(setup.device) for a in (0, 1)]
 
 
