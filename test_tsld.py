@@ -3634,16 +3634,15 @@ def test_the_task_tables_have_every_student_and_go_on_where_they_stopped(
     both = rows + json.loads((tmp_path / "accuracy-0.json").read_text())
     assert len({row["teacher_ppl"] for row in both}) == 1  # one teacher
     names = [
-        "logit",
-        "logit_gt",
-        "tsld",
-        *(f"{x} + ground truth · 0.25" for x in ("tsld", "logit")),
+        *("logit", "logit_gt", "tsld, τ 10"),
+        *(f"{x} + ground truth · 0.25" for x in ("tsld, τ 10", "logit")),
+        *("tsld, τ 2", "tsld, τ 5"),
     ]
-    for number, name in enumerate(names, 5):
-        values = [file[number]["student_ppl"] for file in (both[:10], both[10:])]
+    for number, name in enumerate(names, 7):
+        values = [file[number]["student_ppl"] for file in (both[:14], both[14:])]
         cell = f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f} (2)"
         assert re.search(rf"\| 2 \| {re.escape(f'{name} | {cell}')} \|", out)
-    (tmp_path / "accuracy-1.json").write_text(json.dumps(rows[:7]))
+    (tmp_path / "accuracy-1.json").write_text(json.dumps(rows[:11]))
     out = run(flags, capsys, accuracy.main)
     assert "3 of 3: " in out and "4 of" not in out
     again = json.loads((tmp_path / "accuracy-1.json").read_text())

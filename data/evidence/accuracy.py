@@ -25,13 +25,15 @@ from tsld import TrainConfig
 
 BITS = (4, 2)
 # Loss; the ground truth's weight in TSLD, and its τ: the paper's, or None for no token scale. The
-# authors run τ = 10 with the weight 1/4.
+# authors run τ = 10 with the weight 1/4. The last two let the token scale do more.
 STUDENTS = (
     ("logit", 0.0, 10.0),
     ("logit_gt", 0.0, 10.0),
     ("tsld", 0.0, 10.0),
     ("tsld", 0.25, 10.0),
     ("tsld", 0.25, None),
+    ("tsld", 0.0, 2.0),
+    ("tsld", 0.0, 5.0),
 )
 TAKES = {"task", "data", "model", "seed", "teacher-steps", "steps", "student-tokens", "batch-size"}
 TAKES |= {"block-size", "granularity", "out", "device", "dtype"}
@@ -122,7 +124,8 @@ def draw():
                 mix = {"loss": loss, "gt_weight": weight}
                 of_mix = [row for row in of_bits if mix.items() <= row.items()]
                 same = [row for row in of_mix if row["config"]["temperature"] == t]
-                loss = loss if t else "logit"  # what TSLD without its token scale is
+                if loss == "tsld":  # without its token scale it is logit distillation
+                    loss = f"tsld, τ {t:g}" if t else "logit"
                 name = f"{loss} + ground truth · {weight}" if weight else loss
                 print_row(bits, name, same, "student", units)
 

@@ -49,7 +49,7 @@ TABLE_1 = {
 }
 OPTQ = ("OPTQ", None, None)
 AT_4_BITS = [*TABLE_1.values()][1:]  # the paper has no L2L at 4 bits
-# The token scale's best chance: other temperatures, and a teacher that is surer of its text.
+# The token scale's best chance: other temperatures, and teachers that are surer of their text.
 OTHERS = [("tsld", t, weight) for t in (1.0, 2.0, 5.0, 20.0) for weight in (0.0, 1 / 4)]
 PAIRS = [mix for mix in MIXES if mix[2] in (0.0, 1 / 4)]
 # Bits, what shares a scale, the student's epochs, the teachers, the mixes: of table 1, then of all.
@@ -62,8 +62,8 @@ TABLE_1_PARTS = (
 MAP = (
     *TABLE_1_PARTS,
     (2, "tensor", 16, TEACHERS, [*MIXES, LABELS_ALONE]),
-    (2, "tensor", 16, (24, 48), OTHERS),
-    (2, "tensor", 16, (48,), PAIRS),
+    (2, "tensor", 16, (24, 48, 96), OTHERS),
+    (2, "tensor", 16, (48, 96), PAIRS),
     (4, "tensor", 16, TEACHERS[:3], MIXES),
     (2, "tensor", 64, (3, 24), MIXES),
 )
