@@ -168,6 +168,15 @@ def test_hidden_states_of_other_tokens_than_the_targets_are_refused(name, shapes
         tsld.lean_loss(name, student, torch.eye(5), teacher, torch.eye(5), targets)
 
 
+def test_a_teacher_of_another_vocabulary_is_refused():
+    hidden, targets = randn(2, 3, 5), torch.zeros(2, 3, dtype=torch.long)
+    for size in (1, 4, 6):
+        with pytest.raises(ValueError, match="not of targets"):
+            tsld.lean_loss("tsld", hidden, torch.eye(5), hidden, torch.eye(6)[:size, :5], targets)
+    with pytest.raises(ValueError, match="not of targets"):
+        next(tsld.train(micro_gpt(), TEXT, BRIEF, micro_gpt(vocab_size=99)))
+
+
 def test_terms_stay_finite_for_logits_of_any_size():
     student, teacher, targets = example()
     terms = tsld.per_token_terms(student * 1e4, teacher * 1e4, targets)
@@ -536,7 +545,14 @@ def test_quantize_model_spares_the_output_head_however_it_is_known():
     named = nn.ModuleDict(
         {"body": nn.Linear(3, 3), "head": nn.Linear(3, 9), "lm_head": nn.Linear(3, 9)}
     )
-    for model, spared in ((tied, {"logits"}), (named, {"head", "lm_head"}), (Declared(), {"out"})):
+    undeclared = copy.deepcopy(tied)
+    undeclared.get_output_embeddings = lambda: None  # transformers' base class says so
+    for model, spared in (
+        (tied, {"logits"}),
+        (undeclared, {"logits"}),
+        (named, {"head", "lm_head"}),
+        (Declared(), {"out"}),
+    ):
         tsld.quantize_model(model)
         linear = {
             name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)
@@ -546,9 +562,20 @@ def test_quantize_model_spares_the_output_head_however_it_is_known():
         } == spared
 
 
-def test_quantize_model_refuses_a_model_with_nothing_to_quantize():
-    with pytest.raises(ValueError, match="no linear layer"):
-        tsld.quantize_model(nn.ModuleDict({"head": nn.Linear(2, 2)}))
+def test_quantize_model_refuses_a_model_without_layers_that_it_could_replace():
+    attention = nn.TransformerEncoderLayer(4, 2)  # reads its layers' weights and calls none of them
+    for model in (nn.ModuleDict({"head": nn.Linear(2, 2)}), nn.Linear(2, 2), attention):
+        with pytest.raises(ValueError, match=f"{type(model).__name__} has no linear layer"):
+            tsld.quantize_model(model)
+    assert type(attention.linear1) is nn.Linear
+
+
+def test_a_class_of_the_name_conv1d_that_is_not_transformers_stays():
+    class Conv1D(nn.Conv1d):
+        pass
+
+    model = tsld.quantize_model(nn.ModuleDict({"a": Conv1D(2, 2, 1), "b": nn.Linear(2, 2)}))
+    assert type(model["a"]) is Conv1D and type(model["b"]) is QuantLinear
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1172,6 +1199,14 @@ def test_a_gradient_that_was_there_before_does_not_count():
     assert losses[0] == losses[1]
     assert torch.equal(fresh.wte.weight, stale.wte.weight)
 
+    # Nor does that of earlier steps, where the optimizer has a part of the weights alone.
+    still, gradients = replace(BRIEF, loss="gt", lr=0.0, clip=math.inf), []
+    part = tsld.make_optimizer(fresh.ln_f, still)
+    for start in (0, still.steps - 1):
+        list(tsld.train(fresh, TEXT, still, optimizer=part, start=start))
+        gradients.append(fresh.wte.weight.grad.clone())
+    torch.testing.assert_close(*gradients)
+
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_gradient_that_is_not_finite_stops_training_before_it_reaches_the_weights(bad):
@@ -1217,6 +1252,12 @@ def test_evaluation_takes_many_blocks_at_a_time_and_objects_with_logits():
     assert model.training
     with pytest.raises(ValueError, match="2 tokens"):
         tsld.evaluate(model, torch.zeros(1, dtype=torch.long), 16)
+
+    class Constant(nn.Module):  # it has no parameters
+        def forward(self, ids):
+            return torch.zeros(*ids.shape, 17)
+
+    assert tsld.evaluate(Constant(), TEXT[:20], 16) == pytest.approx(math.log(17), rel=1e-6)
 
 
 def test_the_example_in_the_docstring_runs_as_written(tmp_path, monkeypatch, capsys):
@@ -1583,6 +1624,8 @@ def test_a_packed_file_fills_a_model_that_is_not_our_gpt(tmp_path):
     def other(tied):
         torch.manual_seed(0)
         layers = {"embed": nn.Embedding(11, 6), "up": nn.Linear(6, 7), "norm": nn.LayerNorm(7)}
+        layers["norm"].register_buffer("turns", torch.polar(torch.ones(3), torch.arange(3.0)))
+        layers["norm"].register_buffer("empty", torch.zeros(0))
         layers |= {
             "down": nn.Linear(7, 6, bias=False),
             "conv": Conv1D(6, 6),
@@ -1605,6 +1648,7 @@ def test_a_packed_file_fills_a_model_that_is_not_our_gpt(tmp_path):
         for into in (blank, tsld.quantize_model(other(tied))):
             loaded = tsld.load_model(path, into=into)
             assert loaded is into and not loaded.training
+            assert torch.equal(loaded.norm.turns, source.norm.turns)
             torch.testing.assert_close(loaded(ids), source(ids), rtol=1e-2, atol=1e-2)
         with pytest.raises(tsld.CheckpointError, match="needs `into`"):
             tsld.load_model(path)
@@ -2041,7 +2085,10 @@ def test_layer_to_layer_distillation_needs_two_models_of_one_shape(other):
         tsld.layer_to_layer_loss(student(ids, trace=True), teacher(ids, trace=True))
 
 
-def test_layer_to_layer_distillation_needs_eager_attention():
+def test_layer_to_layer_distillation_needs_attentions():
+    trace = collections.namedtuple("Output", "hidden_states")([randn(1, 2, 3)])  # as Mamba's
+    with pytest.raises(ValueError, match="L2L needs attentions"):
+        tsld.layer_to_layer_loss(trace, trace)
     student, ids = family("GPT2LMHeadModel", attention="sdpa"), micro_ids()
     with pytest.raises(ValueError, match="attn_implementation='eager'"):
         tsld.training_loss(student, student, ids, ids, TrainConfig(loss="l2l"))

@@ -148,7 +148,7 @@ def layer_to_layer_loss(student_trace, teacher_trace):
     transformers model has .attentions, probabilities, in place of the scores. ValueError: it has
     none, or the two models differ in layers, heads or width."""
     traces = student_trace, teacher_trace
-    scores = [getattr(t, "attention_scores", None) or t.attentions for t in traces]
+    scores = [getattr(t, "attention_scores", getattr(t, "attentions", None)) for t in traces]
     if not all(of_layers and of_layers[0] is not None for of_layers in scores):
         raise ValueError("L2L needs attentions: load the model with attn_implementation='eager'")
     pairs = [*zip(*(t.hidden_states for t in traces), strict=True)]  # each (B, T, C)
@@ -192,8 +192,7 @@ def ternarize(weight, granularity="tensor"):
     threshold = 0.7 * w.abs().mean(group, keepdim=True)
     codes = (w > threshold).to(torch.int8) - (w < -threshold).to(torch.int8)
     count = codes.abs().sum(group, keepdim=True, dtype=torch.float32)
-    total = (codes * w).sum(group, keepdim=True)  # codes · w is |w| where |w| > Δ, else 0
-    scale = total / count.clamp(min=1)  # a group of zeros: 0 / 1 instead of 0 / 0
+    scale = (codes * w).sum(group, keepdim=True) / count.clamp(min=1)  # codes · w is |w| or 0
     return codes, scale
 
 
@@ -241,16 +240,17 @@ class QuantLinear(nn.Linear):
 
 
 def quantize_model(model, bits=2, granularity="tensor"):
-    """Replaces every nn.Linear (and transformers' Conv1D) of any torch module by a QuantLinear, in
-    place, and returns the same model. Embeddings, norms and the output head stay in full precision,
-    as in the paper. The new layers hold the parameters of the old ones; only a Conv1D's weight is
-    copied, transposed. ValueError: other bits or granularity, or no layer to quantize."""
+    """Replaces every nn.Linear (and transformers' Conv1D) in any torch module by a QuantLinear, in
+    place, and returns the module. Embeddings, norms and the output head stay in full precision, as
+    in the paper. The new layers hold the parameters of the old; only a Conv1D's weight is copied,
+    transposed. ValueError: other bits or granularity, no such layer, or nn.MultiheadAttention."""
     fake_quantize(torch.zeros(1, 1), bits, granularity)  # refuses bad arguments before any change
     heads, every = _output_heads(model), model.named_modules(remove_duplicate=False)
     every = {n: m for n, m in every if not any(m is head for head in heads)}
     layers = {n: m for n, m in every.items() if isinstance(m, nn.Linear) or is_conv1d(m)}
-    if not layers:
-        raise ValueError(f"{type(model).__name__} has no linear layer to quantize")
+    silent = any(isinstance(m, nn.MultiheadAttention) for m in every.values())  # calls no layer
+    if silent or not layers or "" in layers:
+        raise ValueError(f"{type(model).__name__} has no linear layer in it, or MultiheadAttention")
     for name, old in layers.items():  # a layer that is used twice has two names
         weight = old.weight
         if is_conv1d(old):
@@ -264,17 +264,16 @@ def quantize_model(model, bits=2, granularity="tensor"):
 
 def is_conv1d(module):
     """Is it transformers' Conv1D, a linear layer whose weight is (in, out)? Nothing is imported."""
-    return type(module).__name__ == "Conv1D" and module.weight.shape == (module.nx, module.nf)
+    return type(module).__name__ == "Conv1D" and {"nx", "nf"} <= vars(module).keys()
 
 
 def _output_heads(model):
     """What makes the logits: as the model says, else what is tied to an embedding or named so."""
-    if hasattr(model, "get_output_embeddings"):
-        return [model.get_output_embeddings()]
+    if head := getattr(model, "get_output_embeddings", lambda: None)():
+        return [head]
     tied = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    every = model.named_modules(remove_duplicate=False)
-    named = [m for name, m in every if name.split(".")[-1] in ("lm_head", "head")]
-    return named + [m for m in model.modules() if id(getattr(m, "weight", None)) in tied]
+    return [m for name, m in model.named_modules(remove_duplicate=False)
+            if name.split(".")[-1] in ("lm_head", "head") or id(getattr(m, "weight", None)) in tied]
 
 
 # ------ 3. GPT ------------------------------------------------------------------------------------
@@ -590,7 +589,7 @@ def train(student, tokens, config, teacher=None, optimizer=None, start=0):
         lr, loss = learning_rate(step, config), 0.0
         for group in optimizer.param_groups:
             group["lr"] = lr
-        optimizer.zero_grad()
+        student.zero_grad()
         share = (t[rank::world].to(device).chunk(config.accumulate) for t in (ids, targets))
         for part in zip(*share):
             with torch.autocast(device.type, dtype, dtype != torch.float32):
@@ -618,7 +617,7 @@ def evaluate(model, tokens, block_size):
     gives logits (B, T, V) for ids (B, T), or an object with .logits. Its mode is left as found."""
     if tokens.dim() != 1 or len(tokens) < 2:
         raise ValueError(f"evaluation needs at least 2 tokens, not {tuple(tokens.shape)}")
-    device, was_training, total = next(model.parameters()).device, model.training, 0.0
+    device, was_training, total = next(model.parameters(), tokens).device, model.training, 0.0
     model.eval()
     filling = (0, -(len(tokens) - 1) % block_size)  # of the last block; cross_entropy skips -100
     inputs = F.pad(tokens[:-1], filling).view(-1, block_size)
@@ -794,7 +793,7 @@ def load_model(path, into=None):
         if sum(t.nbytes for t in tensors.values()) > os.path.getsize(path):
             raise ValueError("its tensors are larger than the file")
         unused = any((p.packed >> 1 & ~p.packed & 0x55).any() for p in packed.values())  # code 10
-        if unused or not all(x.isfinite() for t in tensors.values() for x in t.aminmax()):
+        if unused or not all(t.isfinite().all() for t in tensors.values()):
             raise ValueError("its tensors are not finite, or hold another code than -1, 0 and +1")
     for name, layer in packed.items():
         model.set_submodule(name, layer)
@@ -840,9 +839,10 @@ def lean_loss(name, student_hidden, student_head, teacher_hidden, teacher_head, 
         raise ValueError(f"lean_loss takes {', '.join(LOSSES)} but l2l, not {name!r}")
     if teacher_hidden is None and name != "gt":
         raise ValueError(f"the loss {name!r} needs a teacher")
-    if {x.shape[:-1] for x in (student_hidden, teacher_hidden) if x is not None} != {targets.shape}:
-        raise ValueError(f"the hidden states are not of targets of shape {tuple(targets.shape)}")
     models = student_hidden, student_head, teacher_hidden, teacher_head
+    shapes = {(*x.shape[:-1], len(w)) for x, w in (models[:2], models[2:]) if x is not None}
+    if shapes != {(*targets.shape, len(student_head))}:
+        raise ValueError(f"hidden states or heads not of targets of shape {tuple(targets.shape)}")
     return _LeanLoss.apply(*models, targets, name, temperature, gt_weight)
 
 
