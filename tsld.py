@@ -145,8 +145,8 @@ def layer_to_layer_loss(student_trace, teacher_trace):
     """L2L, the distillation made for encoders (table 1: L2L+logit), a float32 scalar:
         Σ_layers MSE(hidden states) + Σ_layers MSE(attention scores at and before each position)
     The mask hides the future, so T(T+1)/2 scores of a head count. The teacher gets no gradient. A
-    transformers model has .attentions, probabilities, in place of the scores. ValueError: it has
-    none, or the two models differ in layers, heads or width."""
+    transformers model has .attentions, probabilities, in place of scores, and its last state after
+    the norm. ValueError: it has no .attentions, or the two differ in layers, heads or width."""
     traces = student_trace, teacher_trace
     scores = [getattr(t, "attention_scores", getattr(t, "attentions", None)) for t in traces]
     if not all(of_layers and of_layers[0] is not None for of_layers in scores):
@@ -444,8 +444,8 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, path):
         """Weights in GPT-2's published format, float32, in eval mode. path: a pytorch_model.bin, or
-        a folder with one. n_head is that of a config.json beside it, else n_embd / 64, as in all
-        four published sizes. CheckpointError: truncated, of another model, or more than tensors."""
+        a folder with one. A config.json beside it gives n_head and no more; else it is n_embd / 64,
+        as in all sizes. CheckpointError: truncated, another model's, or more than tensors."""
         path = Path(path) / "pytorch_model.bin" if Path(path).is_dir() else Path(path)
         content, config = load_tensors(path), path.with_name("config.json")
         with refusing(f"{path} (n_head from {config}) is no GPT-2:"), torch.device("meta"):
