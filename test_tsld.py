@@ -3838,7 +3838,7 @@ def test_the_token_scale_is_judged_by_pairs_of_one_seed_and_one_weight(
         **{(None, 0.0, 0): 50.0, (10.0, 0.0, 0): 51.5},
         **{(None, 0.0, 1): 60.0, (10.0, 0.0, 1): 59.0},
         **{(None, 0.25, 0): 40.0, (10.0, 0.25, 0): 39.0},
-        **{(10.0, 0.25, 1): 7.0, (20.0, 0.0, 0): 7.0},  # without a twin, at another temperature
+        **{(10.0, 0.25, 1): 7.0, (2.0, 0.0, 0): 47.0},  # without a twin, at another temperature
     }
     measured = dict.fromkeys(("teacher_train_ppl", "teacher_valid_ppl", "rounded_valid_ppl"), 9.0)
     measured |= {"bits": 2, "granularity": "tensor", "epochs": 16, "loss": "tsld"}
@@ -3851,7 +3851,8 @@ def test_the_token_scale_is_judged_by_pairs_of_one_seed_and_one_weight(
     regimes.draw(rows)
     error = np.std([1.5, -1.0, -1.0], ddof=1) / 3**0.5
     printed = capsys.readouterr().out
-    assert f"| 2 | tensor | 16 | 3 | -0.17 ± {error:.2f} | 3 | 2 |\n" in printed
+    assert f"| 2 | tensor | 16 | 3 | 10 | -0.17 ± {error:.2f} | 3 | 2 |\n" in printed
+    assert "| 2 | tensor | 16 | 3 | 2 | -3.00 ± nan | 1 | 1 |\n" in printed
     assert "| 2 | tensor | 16 | 3 | 9.00 (2) | 0.600 ± 0.707 (2) | " in printed
 
 

@@ -51,6 +51,7 @@ OPTQ = ("OPTQ", None, None)
 AT_4_BITS = [*TABLE_1.values()][1:]  # the paper has no L2L at 4 bits
 # The token scale's best chance: other temperatures, and teachers that are surer of their text.
 OTHERS = [("tsld", t, weight) for t in (1.0, 2.0, 5.0, 20.0) for weight in (0.0, 1 / 4)]
+AT_2 = [mix for mix in OTHERS if mix[1] == 2.0]
 PAIRS = [mix for mix in MIXES if mix[2] in (0.0, 1 / 4)]
 # Bits, what shares a scale, the student's epochs, the teachers, the mixes: of table 1, then of all.
 TABLE_1_PARTS = (
@@ -64,6 +65,7 @@ MAP = (
     (2, "tensor", 16, TEACHERS, [*MIXES, LABELS_ALONE]),
     (2, "tensor", 16, (24, 48, 96), OTHERS),
     (2, "tensor", 16, (48, 96), PAIRS),
+    (2, "tensor", 16, (3, 12), AT_2),
     (4, "tensor", 16, TEACHERS[:3], MIXES),
     (2, "tensor", 64, (3, 24), MIXES),
 )
@@ -197,13 +199,14 @@ def draw(rows):
         cells += [mean_and_spread(of_setting, key, 3 if "sure" in key else 2) for key in who]
         cells += [mean_and_spread(groups[setting, mix], "student_valid_ppl") for mix in columns]
         print("| " + " | ".join(cells) + " |")
-    print("\nperplexity with the token scale, τ 10, minus without it, over seeds and weights")
-    names = *titles[:4], "mean ± standard error", "pairs", "with it ahead"
+    print("\nperplexity with the token scale minus without it, over seeds and weights")
+    names = *titles[:4], "τ", "mean ± standard error", "pairs", "with it ahead"
     print("\n| " + " | ".join(names) + " |\n" + "| --- " * len(names) + "|")
-    for setting, both in sorted(pairs(groups).items()):
+    for (setting, temperature), both in sorted(pairs(groups).items()):
         changes = [row["student_valid_ppl"] - twin["student_valid_ppl"] for row, twin in both]
         error = statistics.stdev(changes) / len(changes) ** 0.5 if len(changes) > 1 else math.nan
         cells = (
+            f"{temperature:g}",
             f"{statistics.mean(changes):+.2f} ± {error:.2f}",
             len(both),
             sum(x < 0 for x in changes),
@@ -222,13 +225,14 @@ def draw(rows):
 
 
 def pairs(groups):
-    """Setting to the rows of TSLD at τ = 10, each with its twin without token scale."""
+    """Setting and τ to the rows of TSLD, each with its twin without token scale."""
     found = collections.defaultdict(list)
     for (setting, (loss, temperature, weight)), rows in groups.items():
         twins = {row["seed"]: row for row in groups.get((setting, (loss, None, weight)), [])}
-        if temperature == 10.0:
-            found[setting] += [(row, twins[row["seed"]]) for row in rows if row["seed"] in twins]
-    return {setting: both for setting, both in found.items() if both}
+        if temperature:
+            both = [(row, twins[row["seed"]]) for row in rows if row["seed"] in twins]
+            found[setting, temperature] += both
+    return {key: both for key, both in found.items() if both}
 
 
 def mean_and_spread(rows, key, digits=2):
@@ -286,24 +290,33 @@ def figure(groups):
         "The ground truth helps a student whose teacher\nhas not finished learning its text",
         fontsize=9,
     )
-    for setting, both in pairs(groups).items():
-        if setting[:3] == (2, "tensor", 16):
+    means, markers = collections.defaultdict(list), {2.0: "v", 10.0: "o"}
+    for (setting, temperature), both in sorted(pairs(groups).items()):
+        both = [pair for pair in both if pair[0]["gt_weight"] in (0.0, 1 / 4)]
+        if setting[:3] == (2, "tensor", 16) and temperature in markers and both:
             sure = [100 * row["teacher_sure"] for row, _ in both]
             change = [
                 100 * (row["student_valid_ppl"] / twin["student_valid_ppl"] - 1)
                 for row, twin in both
             ]
-            right.scatter(sure, change, s=12, color=[colors[row["gt_weight"]] for row, _ in both])
-            right.plot(statistics.mean(sure), statistics.mean(change), "_k", markersize=14)
-            place = {"transform": right.get_xaxis_transform(), "ha": "center"}
-            right.text(statistics.mean(sure), 0.02, f"{setting[3]}", fontsize=8, **place)
+            kinds = [colors[row["gt_weight"]] for row, _ in both]
+            right.scatter(sure, change, s=14, color=kinds, marker=markers[temperature])
+            means[temperature].append((statistics.mean(sure), statistics.mean(change)))
+            if temperature == 10.0:
+                place = {"transform": right.get_xaxis_transform(), "ha": "center", "fontsize": 8}
+                right.text(statistics.mean(sure), 0.02, f"{setting[3]}", **place)
+    for temperature, points in means.items():
+        marker = {"marker": markers[temperature], "markersize": 4, "markerfacecolor": "none"}
+        right.plot(*zip(*points), color="gray", label=f"τ = {temperature:g}, mean", **marker)
+    if means:
+        right.legend(fontsize=8)
     right.margins(y=0.12)
     right.axhline(0, color="black", linewidth=0.8)
     right.set_xlabel("tokens of the student's text that its teacher is sure of, %")
     right.set_ylabel("change of perplexity by the token scale, %")
     right.set_title(
-        "The token scale (τ = 10) changes little, with surer teachers too\n"
-        "(a dot: one seed and weight; bars: means; below: the teacher's epochs)",
+        "The token scale helps students of a teacher that knows its text by heart\n"
+        "(a dot: one seed, ground truth · 0 or 1/4; below: the teacher's epochs)",
         fontsize=9,
     )
     return drawing
