@@ -28,6 +28,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -38,6 +39,7 @@ import zipfile
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 os.environ["HF_HUB_OFFLINE"] = (
     "1"  # before transformers is imported: nothing here may use a network
@@ -52,7 +54,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_small
 import tsld
-from data import exchange, files, tasks, texts
+import data
+from data import exchange, files, progress, tasks, texts
 from data.evidence import accuracy, baselines, bench, figures, llama, regimes, table, vocabulary
 from tsld import GPT, GPTConfig, QuantLinear, TrainConfig
 
@@ -943,6 +946,30 @@ def test_an_exported_student_opens_in_transformers_as_the_same_model(
 @pytest.mark.parametrize("words", [["x"], ["x", "y", "float8"], ["x", "y", "float16", "z"]])
 def test_an_export_takes_a_file_a_folder_and_float16(words, capsys):
     refused(["--export", *words], capsys, "--export takes FILE FOLDER")
+
+
+def test_an_export_is_there_as_a_whole_or_not_at_all(tiny, capsys, tmp_path, monkeypatch):
+    packed, folder = tmp_path / "student.packed", tmp_path / "exported"
+    model = tsld.quantize_model(GPT(train_small.PRESETS["tiny"].gpt))
+    tsld.save_model(packed, tsld.pack_model(model))
+    export = ["--export", str(packed), str(folder)]
+    unwritable = type("SafetensorError", (Exception,), {"__module__": "safetensors_rust"})
+    for error in (OSError(28, "No space left on device"), unwritable("No space left on device")):
+        with monkeypatch.context() as patch:
+            patch.setattr(exchange, "save_tokenizer", mock.Mock(side_effect=error))
+            refused(export, capsys, "No space left on device")
+            assert not folder.exists()
+            folder.mkdir()
+            (folder / "pytorch_model.bin").write_text("an earlier one")
+            refused(export, capsys, "No space left on device")
+        assert [file.read_text() for file in folder.iterdir()] == ["an earlier one"]
+        shutil.rmtree(folder)
+    run(export, capsys)
+    assert {"pytorch_model.bin", "config.json", "tokenizer.json"} < set(os.listdir(folder))
+    for flags in ([str(packed), ""], [str(packed), str(folder), "--model", "tiny"]):
+        refused(["--export", *flags], capsys, "--export takes FILE FOLDER")
+    refused(["--export", str(tmp_path / "nowhere"), str(tmp_path / "new")], capsys, "nowhere")
+    assert not (tmp_path / "new").exists()
 
 
 def test_published_weights_that_are_not_gpt2s_are_refused_by_name(tmp_path):
@@ -3336,6 +3363,59 @@ def test_a_signal_saves_and_says_how_to_go_on(tiny, capsys, tmp_path, monkeypatc
     assert signal.getsignal(signal.SIGINT) is handler  # a background shell may ignore it
 
 
+@pytest.mark.parametrize("moment", ["the last step", "its checkpoint"])
+def test_a_signal_at_the_end_of_a_training_stops_the_run_too(
+    moment, tiny, capsys, tmp_path, monkeypatch
+):
+    show, save = train_small.show_progress, train_small.save_checkpoint
+
+    def interrupt_step(text, last=False):
+        if text.startswith("student, tsld: step 6/6"):
+            signal.raise_signal(signal.SIGTERM)
+        show(text, last)
+
+    def interrupt_saving(path, *arguments):
+        if path.name == "student-tsld.pt":
+            signal.raise_signal(signal.SIGTERM)
+        save(path, *arguments)
+
+    with monkeypatch.context() as patch:
+        if moment == "the last step":
+            patch.setattr(train_small, "show_progress", interrupt_step)
+        else:
+            patch.setattr(train_small, "save_checkpoint", interrupt_saving)
+        assert train_small.main(tiny) == 130
+    words = {
+        "the last step": "stopped after step 6 of 6; go on with the same command and --resume",
+        "its checkpoint": "interrupted; the checkpoints so far are kept",
+    }
+    assert capsys.readouterr().err == f"error: {words[moment]}\n"
+    out = run([*tiny, "--resume"], capsys)
+    assert "student, tsld: step" not in out and (tmp_path / "out" / "results.json").exists()
+
+
+def test_an_interrupted_run_goes_on_in_the_folder_of_an_earlier_one(
+    tiny, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(train_small, "LOSSES", ("gt", "tsld"))
+    flags, show = ["--loss", "all", "--teacher-steps", "2", *tiny], train_small.show_progress
+    run([*flags, "--steps", "2"], capsys)
+    earlier = (tmp_path / "out" / "student-tsld.pt").read_bytes()
+
+    def interrupted(text, last=False):
+        if text.startswith("student, gt: step 2/"):
+            signal.raise_signal(signal.SIGTERM)
+        show(text, last)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_small, "show_progress", interrupted)
+        assert train_small.main([*flags, "--steps", "3"]) == 130
+    assert "step 3/3" in run([*flags, "--steps", "3", "--resume"], capsys)
+    file = tsld.read_file(tmp_path / "out" / "student-tsld.pt")
+    assert file["step"] == 3
+    assert (tmp_path / "out" / "student-tsld.previous.pt").read_bytes() == earlier  # not lost
+
+
 def source(argv, device):
     args = train_small.parse(argv)
     return train_small.choose_source(args, torch.device(device))
@@ -3458,6 +3538,23 @@ def test_a_model_of_transformers_takes_blocks_up_to_its_own_length(theirs, tiny,
         run([*flags, "--block-size", str(size)], capsys)
         (row,) = json.loads((tmp_path / "out" / "results.json").read_text())
         assert row["tokens_per_second"] == pytest.approx(4 * size / row["train_seconds"])
+
+
+def test_a_model_that_does_not_fit_its_tokenizer_or_the_loss_is_refused(theirs, tiny, capsys):
+    import transformers
+
+    shape = FAMILIES["OPTForCausalLM"][0] | {"vocab_size": 100, "max_position_embeddings": 600}
+    transformers.OPTForCausalLM(transformers.OPTConfig(**shape)).save_pretrained(theirs)
+    words = f"the tokenizer of {theirs} makes token "
+    assert "teacher" not in refused(["--model", str(theirs), *tiny], capsys, words)
+    shape = {"vocab_size": 256, "hidden_size": 8, "num_hidden_layers": 1, "state_size": 2}
+    transformers.MambaForCausalLM(transformers.MambaConfig(**shape)).save_pretrained(theirs)
+    flags = ["--model", str(theirs), "--loss", "l2l", *tiny]
+    assert "teacher" not in refused(flags, capsys, "L2L compares attentions, and this model has")
+    shape = SMALL | {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.RobertaConfig(**shape, intermediate_size=8, is_decoder=True)
+    model = transformers.RobertaForCausalLM(config)
+    assert not exchange.logits_are_hidden_times_head(model)  # its head has layers of its own
 
 
 def tokenizers_alphabet():
@@ -4029,8 +4126,13 @@ def test_a_truncated_checkpoint_names_the_one_before_it(tiny, capsys, tmp_path):
     run(tiny, capsys)
     path = tmp_path / "out" / "student-tsld.pt"
     path.write_bytes(path.read_bytes()[:-9])
-    words = f"delete it, {path.with_suffix('.previous.pt')} is the one before"
-    refused(["--resume", *tiny], capsys, words)
+    refused(
+        ["--resume", *tiny], capsys, f"{path} is truncated, altered, or not a file of this prog"
+    )
+    before = path.with_suffix(".previous.pt")
+    assert not before.exists()
+    before.touch()
+    refused(["--resume", *tiny], capsys, f"delete it, {before} is the one before")
 
 
 def test_a_student_with_dropout_resumes_with_as_many_processes_alone(tmp_path, monkeypatch):
@@ -4083,10 +4185,22 @@ def test_a_folder_that_another_run_holds_is_refused_by_name(tiny, capsys, tmp_pa
     with files.hold(out):
         refused(tiny, capsys, f"--out {out} is in use by process {os.getpid()}")
     run(tiny, capsys)
+    with files.hold(out):
+        (out / ".lock").unlink()  # somebody has tidied up
 
 
 def test_too_little_memory_is_one_line(tiny, capsys):
     refused(["--batch-size", str(10**15), *tiny], capsys, "not enough memory")
+
+
+def test_progress_without_a_terminal_or_any_output_is_no_error(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)  # as `>&-` leaves it
+    progress.show_progress("step 1", last=True)
+
+
+def test_no_other_package_of_the_name_hides_data():
+    assert data.__file__ == str(HERE / "data" / "__init__.py")
+    assert data.evidence.__file__ == str(HERE / "data" / "evidence" / "__init__.py")
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
@@ -4221,7 +4335,7 @@ def test_a_batch_that_cannot_be_shared_out_is_refused(tiny, capsys):
         "a batch of 4 does not divide into 1 processes times 3",
     )
     run(["--accumulate", "2", *tiny], capsys)
-    for batch_size, parts, teachers in ((4, 2, 2), (8, 8, 4)):  # the teacher's batch is 4
+    for batch_size, parts, teachers in ((4, 2, 2), (6, 3, 4), (8, 8, 4)):  # of its batch of 4
         flags = ["--accumulate", str(parts), "--batch-size", str(batch_size), *tiny]
         setup = train_small.set_up(train_small.parse(flags))
         assert (setup.student.accumulate, setup.teacher.accumulate) == (parts, teachers)

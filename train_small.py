@@ -26,12 +26,12 @@ from torch.distributed.checkpoint import state_dict as sharded
 
 import tsld
 from data import exchange, tasks
-from data.files import check_folder, check_space, hold
+from data.files import all_or_nothing, check_folder, check_space, fingerprint, hold
 from data.progress import show_progress, stop_on_signal, time_left
 from data.texts import PARTS, UserError, load_corpus, load_tokenizer
 from tsld import GPT, LOSSES, GPTConfig, QuantLinear, TrainConfig
 
-class TrainingStopped(Exception):
+class TrainingStopped(KeyboardInterrupt):
     """A signal asked training to stop; the checkpoint is on disk."""
 
 
@@ -48,6 +48,10 @@ def run(args):
 
 
 def train_and_compare(setup, args, out):
+    losses = LOSSES if args.loss == "all" else (args.loss,)
+    for path in [] if args.resume else [out / f"student-{loss}.pt" for loss in losses]:
+        if path.exists() and processes()[0] == 0:  # of an earlier run: not for a later --resume
+            os.replace(path, path.with_suffix(".previous.pt"))
     teacher = train_teacher(setup)
     rounded = tsld.quantize_model(copy.deepcopy(teacher), args.bits, args.granularity)
     scores = {"teacher": score(setup, teacher), "ptq": score(setup, rounded)}
@@ -58,7 +62,7 @@ def train_and_compare(setup, args, out):
     packed = pack(rounded, out / "rounded.packed")["bytes_packed"]
     table.append((f"teacher in {args.bits} bits, untrained", scores["ptq"], packed))
     frozen, results = frozen_teacher(setup, teacher, scores["teacher"]), []
-    for loss in LOSSES if args.loss == "all" else (args.loss,):
+    for loss in losses:
         student = tsld.quantize_model(copy.deepcopy(teacher), args.bits, args.granularity)
         config = replace(setup.student, loss=loss)
         seconds, scores["student"] = train_student(setup, student, config, frozen, loss)
@@ -137,7 +141,8 @@ def set_up(args):
     given = {"batch_size": args.batch_size, "accumulate": args.accumulate, "lr": lr}
     given |= {"temperature": args.tsld_temperature, "gt_weight": args.gt_weight}
     given = {key: value for key, value in given.items() if value is not None}
-    parts = min(args.accumulate, preset.teacher.batch_size)
+    batch = preset.teacher.batch_size  # the fewest parts of it that are no larger than asked for
+    parts = next(n for n in range(min(args.accumulate, batch), batch + 1) if batch % n == 0)
     teacher, student = replace(preset.teacher, accumulate=parts), replace(preset.student, **given)
     full = limit(student, preset.student_epochs, block_size, tokens["student"])
     student.steps = args.steps or full
@@ -232,18 +237,19 @@ def load_student(path):
 def export(args):
     """Writes a packed model as other programs open it."""
     file, folder, *dtype = args.export if len(args.export) > 1 else ("", "", "")
-    if dtype not in ([], ["float16"]):
-        raise UserError("--export takes FILE FOLDER, and float16 where that is to be the type")
-    dtype, folder = torch.float16 if dtype else torch.float32, check_folder(folder)
-    if args.model in (None, *PRESETS):
-        model, tokenizer = load_student(file)
-        model.save_pretrained(folder, dtype)
-        exchange.save_tokenizer(tokenizer, folder)
-    else:
-        source = load_theirs(args)
-        student = tsld.load_model(file, into=copy.deepcopy(source.model))
-        exchange.unpacked(student, source.model).to(dtype).save_pretrained(folder)
-        source.tokenizer.theirs.save_pretrained(folder)
+    if dtype not in ([], ["float16"]) or not folder or args.model in PRESETS:
+        raise UserError("--export takes FILE FOLDER [float16], and --model for transformers alone")
+    dtype = torch.float16 if dtype else torch.float32
+    with all_or_nothing(folder) as new:
+        if args.model is None:
+            model, tokenizer = load_student(file)
+            model.save_pretrained(new, dtype)
+            exchange.save_tokenizer(tokenizer, new)
+        else:
+            source = load_theirs(args)
+            student = tsld.load_model(file, into=copy.deepcopy(source.model))
+            exchange.unpacked(student, source.model).to(dtype).save_pretrained(new)
+            source.tokenizer.theirs.save_pretrained(new)
     print(f"{folder}: {file}, its weights in {dtype}")
 
 
@@ -321,11 +327,9 @@ CHECKPOINT_SECONDS = 120  # between two checkpoints: what a power cut may cost
 
 def train(setup, label, model, tokens, config, path, resume, teacher=None, watch=None):
     """tsld.train with a progress line and checkpoints. The state is written to `path` now and then,
-    at the end, and when a signal asks to stop; the one before is kept beside it.
-
-    Returns the seconds that training took, those before a resume included, and the trained model:
-    `model` itself, or where several processes share its weights, the shared copy of it.
-    """
+    at the end, and when a signal asks to stop; the one before is kept beside it. Returns the
+    seconds that training took, those before a resume included, and the trained model: `model`
+    itself, or where several processes share its weights, the shared copy of it."""
     if setup.args.compile:  # block by block: they are alike, so one compilation serves all
         for block in blocks_of(model):
             block.compile()
@@ -359,8 +363,10 @@ def train(setup, label, model, tokens, config, path, resume, teacher=None, watch
                     saved = time.monotonic()
                     seconds = before + saved - began
                     save_checkpoint(path, identity, trained, optimizer, step, seconds)
-                if stop and step < config.steps:
-                    raise TrainingStopped(f"stopped after step {step} of {config.steps}")
+                if stop:
+                    how = "the same command" + ("" if resume else " and --resume")
+                    words = f"stopped after step {step} of {config.steps}; go on with {how}"
+                    raise TrainingStopped(words)
     except tsld.TrainingDiverged as error:
         where = f"; the last checkpoint is {path}" if start or saved > began else ""
         raise tsld.TrainingDiverged(f"{error}{where}") from None
@@ -397,11 +403,14 @@ def load_checkpoint(path, identity, model, optimizer):
         state = tsld.read_file(path)
     except tsld.CheckpointError as error:
         before = path.with_suffix(".previous.pt")
-        raise tsld.CheckpointError(f"{error}: delete it, {before} is the one before it") from None
+        before = f", {before} is the one before it" if before.exists() else ""
+        raise tsld.CheckpointError(f"{error}: delete it{before}") from None
     with tsld.refusing(path, "is no checkpoint of this program"):
         found, step, seconds = dict(state["identity"]), int(state["step"]), float(state["seconds"])
         keys = found.keys() | identity.keys()
         differ = [key for key in keys if found.get(key) != identity.get(key)]
+    if differ and ".previous" in path.suffixes:
+        return 0, 0.0
     for key in sorted(differ):
         other = f"{key} is {found.get(key)}, not {identity.get(key)}"
         raise tsld.CheckpointError(f"{path} is of another run: {other}; delete it")
@@ -425,14 +434,6 @@ def load_checkpoint(path, identity, model, optimizer):
 def architecture(model):
     """All that says which model this is but for its weights."""
     return asdict(model.config) if isinstance(model, GPT) else repr(model)
-
-
-def fingerprint(tensors):
-    """16 hexadecimal digits of the SHA-256 of the tensors' bytes, in turn."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -780,7 +781,8 @@ def main(argv=None, command=None):
     except OSError as error:  # a disk full, a file gone
         message, code = f"{error.filename}: {error.strerror}" if error.filename else error, 2
     except (MemoryError, RuntimeError) as error:
-        known = {"allocate": "not enough memory: try a smaller --batch-size, or --accumulate"}
+        remedy = "try --accumulate, or a smaller --batch-size or --block-size"
+        known = {"allocate": f"not enough memory: {remedy}"}
         known |= {"inline_container": "a file cannot be written: is the disk full?"}  # torch.save
         messages = [known[word] for word in known if word in str(error)]
         if isinstance(error, RuntimeError) and not messages:
@@ -788,10 +790,8 @@ def main(argv=None, command=None):
         message, code = (messages or [known["allocate"]])[0], 2
     except tsld.TrainingDiverged as error:
         message, code = error, 1
-    except TrainingStopped as error:
-        message, code = f"{error}; go on with the same command and --resume", 130
-    except KeyboardInterrupt:
-        message, code = "interrupted; --resume goes on from the last checkpoint", 130
+    except KeyboardInterrupt as error:
+        message, code = str(error) or "interrupted; the checkpoints so far are kept", 130
     print("error:", " ".join(str(message).split()), file=sys.stderr)
     return code
 

@@ -31,14 +31,20 @@ def load_published(name, sha256, model):
 
 
 class TheirTokenizer:
-    """A tokenizer of transformers, with the methods of tiktoken's."""
+    """A tokenizer of transformers, with the methods of tiktoken's. size: of the model's embedding."""
 
-    def __init__(self, name, tokenizer):
-        self.name, self.decode, self.theirs = name, tokenizer.decode, tokenizer
-        self.encode_ordinary = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
+    def __init__(self, name, tokenizer, size):
+        self.name, self.decode, self.theirs, self.size = name, tokenizer.decode, tokenizer, size
         self.decode_bytes = lambda ids: tokenizer.decode(ids).encode()
         known = tokenizer.eos_token_id is not None
         self.end_of_text = tokenizer.eos_token_id if known else self.encode_ordinary("\0")[-1]
+
+    def encode_ordinary(self, text):
+        ids = self.theirs(text, add_special_tokens=False)["input_ids"]
+        if max(ids, default=0) >= self.size:
+            sizes = f"makes token {max(ids)}, and its model knows {self.size}"
+            raise UserError(f"the tokenizer of {self.name} {sizes}")
+        return ids
 
 
 def load_theirs(name, eager=False):
@@ -56,6 +62,7 @@ def load_theirs(name, eager=False):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **local)
         load = transformers.AutoModelForCausalLM.from_pretrained
         model = load(name, dtype=torch.float32, **local, **kind)
+        output = forward(model, output_attentions=True) if eager else None
     except Exception as error:  # of any kind: what is in a folder can make it trip over anything
         offline = " (offline)" if local["local_files_only"] and not Path(name).is_dir() else ""
         words = str(error).strip() or type(error).__name__
@@ -63,7 +70,15 @@ def load_theirs(name, eager=False):
     model.config.use_cache = False  # of keys and values, which training has no use for
     model.generation_config.do_sample = True
     model.generation_config.eos_token_id = tokenizer.eos_token_id
-    return model, TheirTokenizer(name, tokenizer)
+    if eager and not getattr(output, "attentions", None):
+        raise UserError(f"{name}: L2L compares attentions, and this model has none")
+    return model, TheirTokenizer(name, tokenizer, len(model.get_input_embeddings().weight))
+
+
+@torch.no_grad()
+def forward(model, **ask):
+    """What it gives for two tokens."""
+    return model.eval()(torch.zeros(1, 2, dtype=torch.long), **ask)
 
 
 def can_reach(host):
@@ -80,11 +95,10 @@ def can_reach(host):
 @torch.no_grad()
 def logits_are_hidden_times_head(model):
     """Are they hidden @ head.T and nothing more? Two tokens show it."""
-    if not hasattr(model, "lm_head"):
+    if not hasattr(getattr(model, "lm_head", None), "weight"):
         return False
-    ids = torch.zeros(1, 2, dtype=torch.long)
-    product = model.base_model(ids)[0] @ model.lm_head.weight.t()
-    return torch.allclose(model.eval()(ids).logits, product, rtol=1e-5, atol=1e-5)
+    product = forward(model.base_model)[0] @ model.lm_head.weight.t()
+    return torch.allclose(forward(model).logits, product, rtol=1e-5, atol=1e-5)
 
 
 def unpacked(student, blank):
@@ -124,7 +138,8 @@ def save_tokenizer(tokenizer, folder):
             "merges": [" ".join(map(letters, pair)) for pair in merges],
         },
     }
-    (Path(folder) / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False))
+    file = Path(folder) / "tokenizer.json"
+    file.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
     config = {"tokenizer_class": "PreTrainedTokenizerFast"} | {
         "eos_token": s for s in special.values()
     }

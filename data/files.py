@@ -1,11 +1,14 @@
 """The folder that a run writes to, and the rows that are already there."""
 
+import hashlib
 import json
 import os
 import shutil
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
+
+import torch
 
 from data.texts import UserError
 
@@ -43,7 +46,7 @@ def hold(folder):
         try:
             yield
         finally:
-            path.unlink()
+            path.unlink(missing_ok=True)
 
 
 def check_space(path, model, trainings):
@@ -53,6 +56,31 @@ def check_space(path, model, trainings):
     if free < needed:
         sizes = f"{needed / 1e9:.1f} GB for checkpoints and has {free / 1e9:.1f} GB free"
         raise UserError(f"--out {path} needs {sizes}: name a folder on another disk")
+
+
+@contextmanager
+def all_or_nothing(path):
+    """A new folder, whose files come into that at `path` when all of them are there."""
+    made, folder = not Path(path).exists(), check_folder(path)
+    try:
+        with tempfile.TemporaryDirectory(dir=folder) as new:
+            yield Path(new)
+            for file in Path(new).iterdir():
+                os.replace(file, folder / file.name)
+    except Exception as error:
+        if made:
+            shutil.rmtree(folder)
+        if type(error).__module__.startswith("safetensors"):  # it writes transformers' models
+            raise UserError(f"folder {folder} cannot be written: {error}")
+        raise
+
+
+def fingerprint(tensors):
+    """16 hexadecimal digits of the SHA-256 of the tensors' bytes, in turn."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 def read_json(path, missing):

@@ -12,7 +12,7 @@ shown_at = -math.inf  # when show_progress last printed
 def show_progress(text, last=False):
     """One line that is written over on a terminal; in a log file a line every 10 seconds."""
     global shown_at
-    terminal, now = sys.stdout.isatty(), time.monotonic()
+    terminal, now = sys.stdout is not None and sys.stdout.isatty(), time.monotonic()
     if last or now - shown_at >= (0.1 if terminal else 10):
         shown_at = now
         start, end = ("\r\x1b[K", "" if not last else "\n") if terminal else ("", "\n")
@@ -27,7 +27,8 @@ def time_left(seconds):
 
 @contextmanager
 def stop_on_signal():
-    """The first Ctrl-C or SIGTERM is noted in the list that this yields; the second one acts."""
+    """The first Ctrl-C or SIGTERM is noted in the list that this yields; the second one acts. One
+    that nobody has acted on by the end interrupts then."""
     received = []
 
     def note(number, frame):
@@ -40,3 +41,5 @@ def stop_on_signal():
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+    if received:
+        raise KeyboardInterrupt
