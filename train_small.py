@@ -141,7 +141,7 @@ def set_up(args):
     given = {"batch_size": args.batch_size, "accumulate": args.accumulate, "lr": lr}
     given |= {"temperature": args.tsld_temperature, "gt_weight": args.gt_weight}
     given = {key: value for key, value in given.items() if value is not None}
-    batch = preset.teacher.batch_size  # the fewest parts of it that are no larger than asked for
+    batch = preset.teacher.batch_size  # in as many parts as asked for, or a few more
     parts = next(n for n in range(min(args.accumulate, batch), batch + 1) if batch % n == 0)
     teacher, student = replace(preset.teacher, accumulate=parts), replace(preset.student, **given)
     full = limit(student, preset.student_epochs, block_size, tokens["student"])
