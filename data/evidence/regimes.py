@@ -64,7 +64,7 @@ MAP = (
     *TABLE_1_PARTS,
     (2, "tensor", 16, TEACHERS, [*MIXES, LABELS_ALONE]),
     (2, "tensor", 16, (24, 48, 96), OTHERS),
-    (2, "tensor", 16, (48, 96), PAIRS),
+    (2, "tensor", 16, (48, 96), [*PAIRS, TABLE_1["logit+GT"], TABLE_1["L2L+logit"]]),
     (2, "tensor", 16, (3, 12), AT_2),
     (4, "tensor", 16, TEACHERS[:3], MIXES),
     (2, "tensor", 64, (3, 24), MIXES),
