@@ -52,6 +52,8 @@ AT_4_BITS = [*TABLE_1.values()][1:]  # the paper has no L2L at 4 bits
 # The token scale's best chance: other temperatures, and teachers that are surer of their text.
 OTHERS = [("tsld", t, weight) for t in (1.0, 2.0, 5.0, 20.0) for weight in (0.0, 1 / 4)]
 AT_2 = [mix for mix in OTHERS if mix[1] == 2.0]
+# Does the token scale do what a shorter training would?
+IS_IT_BREVITY = [("tsld", t, 0.0) for t in (None, 2.0)]
 PAIRS = [mix for mix in MIXES if mix[2] in (0.0, 1 / 4)]
 # Bits, what shares a scale, the student's epochs, the teachers, the mixes: of table 1, then of all.
 TABLE_1_PARTS = (
@@ -66,6 +68,7 @@ MAP = (
     (2, "tensor", 16, (24, 48, 96), OTHERS),
     (2, "tensor", 16, (48, 96), [*PAIRS, TABLE_1["logit+GT"], TABLE_1["L2L+logit"]]),
     (2, "tensor", 16, (3, 12), AT_2),
+    *((2, "tensor", epochs, (48,), IS_IT_BREVITY) for epochs in (4, 8, 32)),
     (4, "tensor", 16, TEACHERS[:3], MIXES),
     (2, "tensor", 64, (3, 24), MIXES),
 )
