@@ -3868,8 +3868,19 @@ def test_the_map_has_every_teacher_and_mix_and_goes_on_where_it_stopped(
     drawn = (tmp_path / "5-regimes.png").exists()
     assert drawn == bool(importlib.util.find_spec("matplotlib"))
     (tmp_path / "regimes-0.json").write_text(json.dumps(rows[:5]))
+    steps = []
+
+    def interrupt_once(text, last=False):
+        if text.startswith("student"):
+            steps.append(int(re.search(r"step (\d+)/25", text)[1]))
+            if steps == [*range(1, 10)]:
+                signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(train_small, "show_progress", interrupt_once)
+    assert train_small.main(flags, regimes.main) == 130
+    assert capsys.readouterr().err.endswith("step 9 of 25; go on with the same command\n")
     out = run(flags, capsys, regimes.main)
-    assert "6 of 6: " in out and "5 of 6: " not in out
+    assert "6 of 6: " in out and "5 of 6: " not in out and steps == [*range(1, 26)]
     again = json.loads((tmp_path / "regimes-0.json").read_text())
     assert [row["student_valid_ppl"] for row in again] == [row["student_valid_ppl"] for row in rows]
 
