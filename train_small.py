@@ -409,7 +409,7 @@ def load_checkpoint(path, identity, model, optimizer):
         found, step, seconds = dict(state["identity"]), int(state["step"]), float(state["seconds"])
         keys = found.keys() | identity.keys()
         differ = [key for key in keys if found.get(key) != identity.get(key)]
-    if differ and ".previous" in path.suffixes:
+    if differ and ".previous" in path.suffixes:  # an earlier run's, set aside
         return 0, 0.0
     for key in sorted(differ):
         other = f"{key} is {found.get(key)}, not {identity.get(key)}"

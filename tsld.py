@@ -250,7 +250,7 @@ def quantize_model(model, bits=2, granularity="tensor"):
     layers = {n: m for n, m in every.items() if isinstance(m, nn.Linear) or is_conv1d(m)}
     silent = any(isinstance(m, nn.MultiheadAttention) for m in every.values())  # calls no layer
     if silent or not layers or "" in layers:
-        raise ValueError(f"{type(model).__name__} has no linear layer in it, or MultiheadAttention")
+        raise ValueError(f"{type(model).__name__} holds no linear layer, or a MultiheadAttention")
     for name, old in layers.items():  # a layer that is used twice has two names
         weight = old.weight
         if is_conv1d(old):
@@ -445,7 +445,7 @@ class GPT(nn.Module):
     def from_pretrained(cls, path):
         """Weights in GPT-2's published format, float32, in eval mode. path: a pytorch_model.bin, or
         a folder with one. A config.json beside it gives n_head and no more; else it is n_embd / 64,
-        as in all sizes. CheckpointError: truncated, another model's, or more than tensors."""
+        as in all four sizes. CheckpointError: truncated, another model's, or more than tensors."""
         path = Path(path) / "pytorch_model.bin" if Path(path).is_dir() else Path(path)
         content, config = load_tensors(path), path.with_name("config.json")
         with refusing(f"{path} (n_head from {config}) is no GPT-2:"), torch.device("meta"):
@@ -842,7 +842,7 @@ def lean_loss(name, student_hidden, student_head, teacher_hidden, teacher_head, 
     models = student_hidden, student_head, teacher_hidden, teacher_head
     shapes = {(*x.shape[:-1], len(w)) for x, w in (models[:2], models[2:]) if x is not None}
     if shapes != {(*targets.shape, len(student_head))}:
-        raise ValueError(f"hidden states or heads not of targets of shape {tuple(targets.shape)}")
+        raise ValueError(f"states or heads are not of targets of shape {tuple(targets.shape)}")
     return _LeanLoss.apply(*models, targets, name, temperature, gt_weight)
 
 
