@@ -3935,6 +3935,7 @@ def test_a_row_of_the_map_has_its_teachers_and_its_roundings_perplexity(
     assert l2l["config"]["loss"] == l2l["loss"] == "l2l"
     for name, row in (("OPTQ", optq), ("L2L+logit", l2l)):
         cells = [f"{row[f'student_{part}_ppl']:.2f} (1)" for part in ("valid", "test")]
+        cells = [*cells, "", ""] if name == "OPTQ" else ["", "", *cells]
         assert f"| {name} | {' | '.join(cells)} |\n" in out
 
 
@@ -3957,11 +3958,29 @@ def test_the_token_scale_is_judged_by_pairs_of_one_seed_and_one_weight(
         for (t, weight, seed), value in values.items()
     ]
     regimes.draw(rows)
-    error = np.std([1.5, -1.0, -1.0], ddof=1) / 3**0.5
     printed = capsys.readouterr().out
-    assert f"| 2 | tensor | 16 | 3 | 10 | -0.17 ± {error:.2f} | 3 | 2 |\n" in printed
-    assert "| 2 | tensor | 16 | 3 | 2 | -3.00 ± nan | 1 | 1 |\n" in printed
-    assert "| 2 | tensor | 16 | 3 | 9.00 (2) | 0.600 ± 0.707 (2) | " in printed
+    error = np.std([1.5, -1.0], ddof=1) / 2**0.5
+    assert f"| 2 | tensor | 16 | 10 | 0 | +0.25 ± {error:.2f}, 1 of 2 |\n" in printed
+    assert "| 2 | tensor | 16 | 10 | 0.25 | -1.00, 1 of 1 |\n" in printed
+    assert "| 2 | tensor | 16 | 2 | 0 | -3.00, 1 of 1 |\n" in printed
+    spread = np.std([50.0, 60.0], ddof=1)
+    head = "| 2 | tensor | 16 | 3 | 9.00 (2) | 60% | 9.00 (2) | 9.00 (2) | no | "
+    assert f"{head}55.00 ± {spread:.2f} (2) |  | 40.00 (1) |  |  |  |\n" in printed
+    scaled = np.std([51.5, 59.0], ddof=1), np.std([39.0, 7.0], ddof=1)
+    scaled = f"55.25 ± {scaled[0]:.2f} (2)", f"23.00 ± {scaled[1]:.2f} (2)"
+    assert f"| τ = 10 | {scaled[0]} |  | {scaled[1]} |  |  |  |\n" in printed
+    unscaled = f"55.00 ± {spread:.2f} (2)"
+    cells = f"|  | 47.00 (1) |  | {scaled[0]} |  | {unscaled} |\n"
+    assert f"| 2 | tensor | 16 | 3 | 0 {cells}" in printed
+
+
+def test_the_evidence_shows_the_tables_that_its_rows_give(capsys, tmp_path, monkeypatch):
+    rows = regimes.read_rows()
+    monkeypatch.setattr(regimes, "FOLDER", tmp_path)  # where the picture goes
+    regimes.draw(rows)
+    tables = capsys.readouterr().out.strip().split("\n\n")
+    shown = (HERE / "data" / "evidence" / "README.md").read_text()
+    assert len(tables) == 4 and all(f"\n\n{table}\n\n" in shown for table in tables)
 
 
 def test_the_other_text_is_the_tasks_own_words_without_the_prompts(monkeypatch, small_vocabulary):

@@ -36,7 +36,8 @@ PRETRAINING = TrainConfig(loss="gt", steps=1600, batch_size=32, lr=4e-3)
 FINE_TUNING = TrainConfig(loss="gt", batch_size=32, lr=1e-3)
 TEACHERS = (3, 12, 24, 1, 6)  # epochs of fine-tuning, in the order in which they are taken
 # A mix: the loss; the token scale's temperature, None for no scale; the ground truth's weight.
-MIXES = [("tsld", t, weight) for t in (None, 10.0) for weight in (0.0, 1 / 16, 1 / 4, 1.0)]
+WEIGHTS = {0.0: "weight 0", 1 / 16: "1/16", 1 / 4: "1/4", 1.0: "1"}
+MIXES = [("tsld", t, weight) for t in (None, 10.0) for weight in WEIGHTS]
 LABELS_ALONE = ("gt", None, None)
 # Table 1: what the authors' program runs as each row, the printed TSLD, and their TSLD unscaled.
 TABLE_1 = {
@@ -65,13 +66,16 @@ TABLE_1_PARTS = (
 MAP = (
     *TABLE_1_PARTS,
     (2, "tensor", 16, TEACHERS, [*MIXES, LABELS_ALONE]),
-    (2, "tensor", 16, (24, 48, 96), OTHERS),
-    (2, "tensor", 16, (48, 96), [*PAIRS, TABLE_1["logit+GT"], TABLE_1["L2L+logit"]]),
-    (2, "tensor", 16, (3, 12), AT_2),
+    (2, "tensor", 16, (24, 48), OTHERS),
+    (2, "tensor", 16, (48, 96), [*PAIRS, TABLE_1["L2L+logit"]]),
+    (2, "tensor", 16, (48,), [TABLE_1["logit+GT"]]),
+    (2, "tensor", 16, (96,), AT_2),
+    (2, "tensor", 16, (12,), AT_2[:1]),
     *((2, "tensor", epochs, (48,), IS_IT_BREVITY) for epochs in (4, 8, 32)),
     (4, "tensor", 16, TEACHERS[:3], MIXES),
-    (2, "tensor", 64, (3, 24), MIXES),
+    (2, "tensor", 64, (3, 24), [mix for mix in MIXES if mix[2] != 1 / 16]),
 )
+PERPLEXITIES = "teacher_train", "teacher_valid", "rounded_valid"
 TAKES = {"seed", "out", "dtype", "device"}
 
 
@@ -183,59 +187,83 @@ def read_rows():
 
 
 def draw(rows):
-    """Prints a table of each setting, its seeds averaged, what the token scale does in it, and
-    table 1; draws the map."""
+    """Prints the tables that README.md beside this file shows, the seeds averaged, and draws the
+    map."""
     groups = collections.defaultdict(list)
     for row in rows:
         setting = row["bits"], row["granularity"], row["epochs"], row["teacher_epochs"]
         groups[setting, (row["loss"], row["temperature"], row["gt_weight"])].append(row)
-    columns = {mix: f"{mix[2]:g}, {f'τ {mix[1]:g}' if mix[1] else '-'}" for mix in MIXES + OTHERS}
-    columns |= {LABELS_ALONE: "labels alone"}
-    print("perplexities; a student's, in validation, by ground truth's weight and token scale")
-    who = "teacher_train_ppl", "teacher_sure", "teacher_valid_ppl", "rounded_valid_ppl"
-    titles = "bits", "a scale per", "epochs", "teacher's epochs", *who
-    print("\n| " + " | ".join((*titles, *columns.values())) + " |")
-    print("| --- " * len((*titles, *columns)) + "|")
-    for setting in sorted({setting for setting, mix in groups if mix in columns}):
+
+    def student(setting, mix, part="valid"):
+        return mean_and_spread(groups.get((setting, mix), []), f"student_{part}_ppl")
+
+    names, lines = ["bits", "a scale per", "epochs", "teacher's epochs"], []
+    for setting in sorted({setting for setting, mix in groups if mix in MIXES}):
         of_setting = [row for key in groups if key[0] == setting for row in groups[key]]
-        cells = [f"{cell}" for cell in setting]
-        cells += [mean_and_spread(of_setting, key, 3 if "sure" in key else 2) for key in who]
-        cells += [mean_and_spread(groups[setting, mix], "student_valid_ppl") for mix in columns]
-        print("| " + " | ".join(cells) + " |")
-    print("\nperplexity with the token scale minus without it, over seeds and weights")
-    names = *titles[:4], "τ", "mean ± standard error", "pairs", "with it ahead"
-    print("\n| " + " | ".join(names) + " |\n" + "| --- " * len(names) + "|")
-    for (setting, temperature), both in sorted(pairs(groups).items()):
+        train, *scores = (mean_and_spread(of_setting, f"{who}_ppl") for who in PERPLEXITIES)
+        sure = statistics.mean({row["seed"]: row["teacher_sure"] for row in of_setting}.values())
+        head = [*setting, train, f"{sure:.0%}", *scores, "no"]
+        others = [student(setting, mix) for mix in (LABELS_ALONE, TABLE_1["L2L+logit"])]
+        for t in (None, 10.0):
+            cells = [student(setting, ("tsld", t, weight)) for weight in WEIGHTS]
+            lines += [[*head, *cells, *others]] if any(cells) else []
+            head, others = [""] * 8 + ["τ = 10"], ["", ""]
+    titles = ["on its own text", "sure of", "teacher", "rounded", "token scale", *WEIGHTS.values()]
+    print_table([*names, *titles, "labels alone", "L2L+logit"], lines)
+
+    teachers = sorted({setting[3] for setting, _ in pairs(groups)})
+    lines = collections.defaultdict(lambda: dict.fromkeys(teachers, ""))
+    for (setting, (_, t, weight)), both in pairs(groups).items():
         changes = [row["student_valid_ppl"] - twin["student_valid_ppl"] for row, twin in both]
-        error = statistics.stdev(changes) / len(changes) ** 0.5 if len(changes) > 1 else math.nan
-        cells = (
-            f"{temperature:g}",
-            f"{statistics.mean(changes):+.2f} ± {error:.2f}",
-            len(both),
-            sum(x < 0 for x in changes),
-        )
-        print("| " + " | ".join(map(str, (*setting, *cells))) + " |")
+        spread = statistics.stdev(changes) / len(changes) ** 0.5 if len(changes) > 1 else math.nan
+        error = "" if math.isnan(spread) else f" ± {spread:.2f}"
+        ahead = f"{sum(change < 0 for change in changes)} of {len(changes)}"
+        cell = f"{statistics.mean(changes):+.2f}{error}, {ahead}"
+        lines[*setting[:3], t, weight][setting[3]] = cell
+    titles = [*names[:3], "τ", "ground truth", *(f"teacher of {n}" for n in teachers)]
+    cells = [
+        [*key[:3], *(f"{x:g}" for x in key[3:]), *lines[key].values()] for key in sorted(lines)
+    ]
+    print_table(titles, cells)
+
+    lines, ts = [], (1.0, 2.0, 5.0, 10.0, 20.0, None)
+    for setting in sorted({setting for setting, mix in groups if mix in OTHERS}):
+        for weight in (0.0, 1 / 4):
+            cells = [student(setting, ("tsld", t, weight)) for t in ts]
+            lines += [[*setting, f"{weight:g}", *cells]] if any(cells) else []
+    print_table([*names, "ground truth", *(f"τ = {t:g}" if t else "∞" for t in ts)], lines)
+
+    found, places, parts = collections.defaultdict(dict), [], ("valid", "test")
     for bits, granularity, epochs, (of_teacher, *_), mixes in TABLE_1_PARTS:
-        print(f"\ntable 1, {bits} bits, scale per {granularity}, teacher of {of_teacher} epochs\n")
-        print("| method | validation perplexity | test perplexity |\n| --- | --- | --- |")
-        names = {mix: name for name, mix in TABLE_1.items()} | {OPTQ: "OPTQ"}
+        setting = bits, granularity, epochs, of_teacher
         for mix in mixes:
-            of_mix = groups[(bits, granularity, epochs, of_teacher), mix]
-            cells = [mean_and_spread(of_mix, f"student_{part}_ppl") for part in ("valid", "test")]
-            print("| " + " | ".join((names[mix], *cells)) + " |")
+            found[mix][setting[:2]] = [student(setting, mix, part) for part in parts]
+        places += [] if setting[:2] in places else [setting[:2]]
+    titles = [x for bits, per in places for x in (f"{bits} bits, a scale per {per}", "test")]
+    lines = [
+        [name, *(cell for place in places for cell in found[mix].get(place, ("", "")))]
+        for name, mix in ({"OPTQ": OPTQ} | TABLE_1).items()
+    ]
+    print_table(["method", *titles], lines)
     if importlib.util.find_spec("matplotlib"):
         figure(groups).savefig(FOLDER / "5-regimes.png", dpi=150)
 
 
+def print_table(titles, lines):
+    print("\n| " + " | ".join(titles) + " |\n" + "| --- " * len(titles) + "|")
+    for line in lines:
+        print("| " + " | ".join(map(str, line)) + " |")
+
+
 def pairs(groups):
-    """Setting and τ to the rows of TSLD, each with its twin without token scale."""
-    found = collections.defaultdict(list)
+    """Setting and TSLD's mix to its rows, each with its twin without token scale."""
+    found = {}
     for (setting, (loss, temperature, weight)), rows in groups.items():
         twins = {row["seed"]: row for row in groups.get((setting, (loss, None, weight)), [])}
-        if temperature:
-            both = [(row, twins[row["seed"]]) for row in rows if row["seed"] in twins]
-            found[setting, temperature] += both
-    return {key: both for key, both in found.items() if both}
+        both = [(row, twins[row["seed"]]) for row in rows if row["seed"] in twins]
+        if temperature and both:
+            found[setting, (loss, temperature, weight)] = both
+    return found
 
 
 def mean_and_spread(rows, key, digits=2):
@@ -293,25 +321,27 @@ def figure(groups):
         "The ground truth helps a student whose teacher\nhas not finished learning its text",
         fontsize=9,
     )
-    means, markers = collections.defaultdict(list), {2.0: "v", 10.0: "o"}
-    for (setting, temperature), both in sorted(pairs(groups).items()):
-        both = [pair for pair in both if pair[0]["gt_weight"] in (0.0, 1 / 4)]
-        if setting[:3] == (2, "tensor", 16) and temperature in markers and both:
-            sure = [100 * row["teacher_sure"] for row, _ in both]
-            change = [
-                100 * (row["student_valid_ppl"] / twin["student_valid_ppl"] - 1)
-                for row, twin in both
-            ]
-            kinds = [colors[row["gt_weight"]] for row, _ in both]
-            right.scatter(sure, change, s=14, color=kinds, marker=markers[temperature])
-            means[temperature].append((statistics.mean(sure), statistics.mean(change)))
-            if temperature == 10.0:
-                place = {"transform": right.get_xaxis_transform(), "ha": "center", "fontsize": 8}
-                right.text(statistics.mean(sure), 0.02, f"{setting[3]}", **place)
-    for temperature, points in means.items():
-        marker = {"marker": markers[temperature], "markersize": 4, "markerfacecolor": "none"}
-        right.plot(*zip(*points), color="gray", label=f"τ = {temperature:g}, mean", **marker)
-    if means:
+    scaled, epochs = {10.0: ("-", "o"), 2.0: (":", "v")}, {}
+    for t, (style, marker) in scaled.items():
+        for weight in (0.0, 1 / 4):
+            points = []
+            for (setting, mix), both in sorted(pairs(groups).items()):
+                if setting[:3] == (2, "tensor", 16) and mix == ("tsld", t, weight):
+                    before = [twin["student_valid_ppl"] for _, twin in both]
+                    after = [row["student_valid_ppl"] for row, _ in both]
+                    changes = [100 * (y / x - 1) for x, y in zip(before, after)]
+                    spread = statistics.stdev(changes) if len(changes) > 1 else 0
+                    sure = 100 * statistics.mean(row["teacher_sure"] for row, _ in both)
+                    points.append((sure, statistics.mean(changes), spread))
+                    epochs.setdefault(setting[3], sure)
+            look = {"color": colors[weight], "linestyle": style, "marker": marker}
+            label = f"τ = {t:g}, ground truth · {weight:g}"
+            if points:
+                right.errorbar(*zip(*points), **look, label=label, markersize=4, capsize=2)
+    for teacher, sure in epochs.items():
+        place = {"transform": right.get_xaxis_transform(), "ha": "center", "fontsize": 8}
+        right.text(sure, 0.02, f"{teacher}", **place)
+    if epochs:
         right.legend(fontsize=8)
     right.margins(y=0.12)
     right.axhline(0, color="black", linewidth=0.8)
@@ -319,7 +349,7 @@ def figure(groups):
     right.set_ylabel("change of perplexity by the token scale, %")
     right.set_title(
         "The token scale helps students of a teacher that knows its text by heart\n"
-        "(a dot: one seed, ground truth · 0 or 1/4; below: the teacher's epochs)",
+        "(mean and spread of the seeds' changes; below: the teacher's epochs)",
         fontsize=9,
     )
     return drawing
