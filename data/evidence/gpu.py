@@ -1,5 +1,5 @@
-"""What takes a GPU, in one run of at most 25 minutes: speed and memory of training, of the packed
-product and of decoding, and the paper's experiment on a pretrained model.
+"""What takes a GPU, in one run: speed and memory of training, of the packed product and of decoding
+(minutes), then the paper's experiment on a pretrained model (hours).
 
     python -m data.evidence.gpu --model FOLDER     # a model of transformers, such as SmolLM2-135M
     python -m data.evidence.gpu --model FOLDER --device cpu --steps 2    # a dry run

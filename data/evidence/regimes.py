@@ -283,13 +283,13 @@ def figure(groups):
     drawing, (axes, right) = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     colors = {0.0: "tab:blue", 1 / 16: "tab:cyan", 1 / 4: "tab:orange", 1.0: "tab:red"}
     colors[None], styles = "black", {None: "--", 10.0: "-"}
-    teachers = collections.defaultdict(list)
+    teachers = collections.defaultdict(dict)
     for mix in [*MIXES, LABELS_ALONE]:
         lines, (_, temperature, weight) = collections.defaultdict(list), mix
         for (setting, of_mix), rows in groups.items():
             drawn = setting[:3] == (2, "tensor", 16) and setting[3] in TEACHERS
             if rows and drawn and of_mix == mix:
-                teachers[setting[3]] += [row["teacher_valid_ppl"] for row in rows]
+                teachers[setting[3]] |= {row["seed"]: row["teacher_valid_ppl"] for row in rows}
                 lines[setting[3]] = [
                     row["student_valid_ppl"] - row["teacher_valid_ppl"] for row in rows
                 ]
@@ -307,7 +307,7 @@ def figure(groups):
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xscale("log")
     epochs = sorted(teachers)
-    axes.set_xticks(epochs, [f"{n}\n({statistics.mean(teachers[n]):.1f})" for n in epochs])
+    axes.set_xticks(epochs, [f"{n}\n({statistics.mean(teachers[n].values()):.1f})" for n in epochs])
     axes.minorticks_off()
     axes.set_xlabel("epochs of the teacher on the student's text (its validation perplexity)")
     axes.set_ylabel("perplexity, student minus teacher")
@@ -348,7 +348,7 @@ def figure(groups):
     right.set_xlabel("tokens of the student's text that its teacher is sure of, %")
     right.set_ylabel("change of perplexity by the token scale, %")
     right.set_title(
-        "The token scale helps students of a teacher that knows its text by heart\n"
+        "At τ = 2 the token scale helps where the teacher is sure of most tokens\n"
         "(mean and spread of the seeds' changes; below: the teacher's epochs)",
         fontsize=9,
     )
