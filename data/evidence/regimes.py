@@ -76,6 +76,7 @@ MAP = (
     (2, "tensor", 64, (3, 24), [mix for mix in MIXES if mix[2] != 1 / 16]),
 )
 PERPLEXITIES = "teacher_train", "teacher_valid", "rounded_valid"
+NAMES = ["bits", "a scale per", "epochs", "teacher's epochs"]  # of a setting
 TAKES = {"seed", "out", "dtype", "device"}
 
 
@@ -187,72 +188,83 @@ def read_rows():
 
 
 def draw(rows):
-    """Prints the tables that README.md beside this file shows, the seeds averaged, and draws the
-    map."""
+    """Prints the tables that README.md beside this file shows, and draws the map."""
     groups = collections.defaultdict(list)
     for row in rows:
         setting = row["bits"], row["granularity"], row["epochs"], row["teacher_epochs"]
         groups[setting, (row["loss"], row["temperature"], row["gt_weight"])].append(row)
+    for table in (table_of_weights, table_of_changes, table_of_temperatures, table_1):
+        titles, lines = table(groups)
+        print("\n| " + " | ".join(titles) + " |\n" + "| --- " * len(titles) + "|")
+        for line in lines:
+            print("| " + " | ".join(map(str, line)) + " |")
+    if importlib.util.find_spec("matplotlib"):
+        figure(groups).savefig(FOLDER / "5-regimes.png", dpi=150)
 
-    def student(setting, mix, part="valid"):
-        return mean_and_spread(groups.get((setting, mix), []), f"student_{part}_ppl")
 
-    names, lines = ["bits", "a scale per", "epochs", "teacher's epochs"], []
+def table_of_weights(groups):
+    """The students' perplexities by the ground truth's weight, without token scale and with it."""
+    lines = []
     for setting in sorted({setting for setting, mix in groups if mix in MIXES}):
         of_setting = [row for key in groups if key[0] == setting for row in groups[key]]
         train, *scores = (mean_and_spread(of_setting, f"{who}_ppl") for who in PERPLEXITIES)
         sure = statistics.mean({row["seed"]: row["teacher_sure"] for row in of_setting}.values())
         head = [*setting, train, f"{sure:.0%}", *scores, "no"]
-        others = [student(setting, mix) for mix in (LABELS_ALONE, TABLE_1["L2L+logit"])]
+        others = [perplexity(groups, setting, mix) for mix in (LABELS_ALONE, TABLE_1["L2L+logit"])]
         for t in (None, 10.0):
-            cells = [student(setting, ("tsld", t, weight)) for weight in WEIGHTS]
+            cells = [perplexity(groups, setting, ("tsld", t, weight)) for weight in WEIGHTS]
             lines += [[*head, *cells, *others]] if any(cells) else []
             head, others = [""] * 8 + ["τ = 10"], ["", ""]
     titles = ["on its own text", "sure of", "teacher", "rounded", "token scale", *WEIGHTS.values()]
-    print_table([*names, *titles, "labels alone", "L2L+logit"], lines)
+    return [*NAMES, *titles, "labels alone", "L2L+logit"], lines
 
+
+def table_of_changes(groups):
+    """Perplexity with the token scale minus without it, with its standard error, and in how many of
+    the pairs it is ahead."""
     teachers = sorted({setting[3] for setting, _ in pairs(groups)})
     lines = collections.defaultdict(lambda: dict.fromkeys(teachers, ""))
     for (setting, (_, t, weight)), both in pairs(groups).items():
         changes = [row["student_valid_ppl"] - twin["student_valid_ppl"] for row, twin in both]
-        spread = statistics.stdev(changes) / len(changes) ** 0.5 if len(changes) > 1 else math.nan
-        error = "" if math.isnan(spread) else f" ± {spread:.2f}"
-        ahead = f"{sum(change < 0 for change in changes)} of {len(changes)}"
-        cell = f"{statistics.mean(changes):+.2f}{error}, {ahead}"
-        lines[*setting[:3], t, weight][setting[3]] = cell
-    titles = [*names[:3], "τ", "ground truth", *(f"teacher of {n}" for n in teachers)]
-    cells = [
-        [*key[:3], *(f"{x:g}" for x in key[3:]), *lines[key].values()] for key in sorted(lines)
-    ]
-    print_table(titles, cells)
+        cell = f"{statistics.mean(changes):+.2f}"
+        if len(changes) > 1:
+            cell += f" ± {statistics.stdev(changes) / len(changes) ** 0.5:.2f}"
+        ahead = sum(change < 0 for change in changes)
+        lines[*setting[:3], t, weight][setting[3]] = f"{cell}, {ahead} of {len(changes)}"
+    titles = [*NAMES[:3], "τ", "ground truth", *(f"teacher of {n}" for n in teachers)]
+    head = lambda key: [*key[:3], *(f"{number:g}" for number in key[3:])]
+    return titles, [[*head(key), *lines[key].values()] for key in sorted(lines)]
 
+
+def table_of_temperatures(groups):
+    """The perplexities where other temperatures than 10 were tried."""
     lines, ts = [], (1.0, 2.0, 5.0, 10.0, 20.0, None)
     for setting in sorted({setting for setting, mix in groups if mix in OTHERS}):
         for weight in (0.0, 1 / 4):
-            cells = [student(setting, ("tsld", t, weight)) for t in ts]
+            cells = [perplexity(groups, setting, ("tsld", t, weight)) for t in ts]
             lines += [[*setting, f"{weight:g}", *cells]] if any(cells) else []
-    print_table([*names, "ground truth", *(f"τ = {t:g}" if t else "∞" for t in ts)], lines)
+    return [*NAMES, "ground truth", *(f"τ = {t:g}" if t else "∞" for t in ts)], lines
 
-    found, places, parts = collections.defaultdict(dict), [], ("valid", "test")
+
+def table_1(groups):
+    """The paper's table 1, validation and test perplexity."""
+    found = collections.defaultdict(dict)  # mix to the cells of its places
     for bits, granularity, epochs, (of_teacher, *_), mixes in TABLE_1_PARTS:
-        setting = bits, granularity, epochs, of_teacher
         for mix in mixes:
-            found[mix][setting[:2]] = [student(setting, mix, part) for part in parts]
-        places += [] if setting[:2] in places else [setting[:2]]
+            given = groups, (bits, granularity, epochs, of_teacher), mix
+            found[mix][bits, granularity] = perplexity(*given), perplexity(*given, "test")
+    places = list(dict.fromkeys((bits, granularity) for bits, granularity, *_ in TABLE_1_PARTS))
     titles = [x for bits, per in places for x in (f"{bits} bits, a scale per {per}", "test")]
     lines = [
         [name, *(cell for place in places for cell in found[mix].get(place, ("", "")))]
         for name, mix in ({"OPTQ": OPTQ} | TABLE_1).items()
     ]
-    print_table(["method", *titles], lines)
-    if importlib.util.find_spec("matplotlib"):
-        figure(groups).savefig(FOLDER / "5-regimes.png", dpi=150)
+    return ["method", *titles], lines
 
 
-def print_table(titles, lines):
-    print("\n| " + " | ".join(titles) + " |\n" + "| --- " * len(titles) + "|")
-    for line in lines:
-        print("| " + " | ".join(map(str, line)) + " |")
+def perplexity(groups, setting, mix, part="valid"):
+    """A table's cell: of the students of a mix, over the seeds."""
+    return mean_and_spread(groups.get((setting, mix), []), f"student_{part}_ppl")
 
 
 def pairs(groups):
