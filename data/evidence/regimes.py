@@ -35,8 +35,8 @@ from tsld import TrainConfig
 PRETRAINING = TrainConfig(loss="gt", steps=1600, batch_size=32, lr=4e-3)
 FINE_TUNING = TrainConfig(loss="gt", batch_size=32, lr=1e-3)
 TEACHERS = (3, 12, 24, 1, 6)  # epochs of fine-tuning, in the order in which they are taken
+WEIGHTS = {0.0: "weight 0", 1 / 16: "1/16", 1 / 4: "1/4", 1.0: "1"}  # of the ground truth
 # A mix: the loss; the token scale's temperature, None for no scale; the ground truth's weight.
-WEIGHTS = {0.0: "weight 0", 1 / 16: "1/16", 1 / 4: "1/4", 1.0: "1"}
 MIXES = [("tsld", t, weight) for t in (None, 10.0) for weight in WEIGHTS]
 LABELS_ALONE = ("gt", None, None)
 # Table 1: what the authors' program runs as each row, the printed TSLD, and their TSLD unscaled.
@@ -75,7 +75,6 @@ MAP = (
     (4, "tensor", 16, TEACHERS[:3], MIXES),
     (2, "tensor", 64, (3, 24), [mix for mix in MIXES if mix[2] != 1 / 16]),
 )
-PERPLEXITIES = "teacher_train", "teacher_valid", "rounded_valid"
 NAMES = ["bits", "a scale per", "epochs", "teacher's epochs"]  # of a setting
 TAKES = {"seed", "out", "dtype", "device"}
 
@@ -207,7 +206,8 @@ def table_of_weights(groups):
     lines = []
     for setting in sorted({setting for setting, mix in groups if mix in MIXES}):
         of_setting = [row for key in groups if key[0] == setting for row in groups[key]]
-        train, *scores = (mean_and_spread(of_setting, f"{who}_ppl") for who in PERPLEXITIES)
+        keys = "teacher_train_ppl", "teacher_valid_ppl", "rounded_valid_ppl"
+        train, *scores = (mean_and_spread(of_setting, key) for key in keys)
         sure = statistics.mean({row["seed"]: row["teacher_sure"] for row in of_setting}.values())
         head = [*setting, train, f"{sure:.0%}", *scores, "no"]
         others = [perplexity(groups, setting, mix) for mix in (LABELS_ALONE, TABLE_1["L2L+logit"])]
