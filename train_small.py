@@ -1,103 +1,131 @@
-"""Trains a small GPT teacher and its ternary student with tsld.py, and says what the student lost.
+"""Trains a small GPT teacher and its ternary student, and says what rounding cost and
+what distillation won back.
 
     python train_small.py --loss tsld
 
-The run first, then its parts: models and training, data, presets, processes, command line. The
-method itself is all in tsld.py."""
+The run comes first, then its parts: set-up, scores, training, what it prints, other
+commands, presets, command line. The method is in tsld.py, all else in data/lib/.
+"""
 
 import argparse
-import codecs
 import copy
-import hashlib
 import json
 import math
-import os
 import sys
-import time
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import distributed as dist
-from torch import nn
-from torch.distributed import fsdp
-from torch.distributed.checkpoint import state_dict as sharded
 
 import tsld
-from data import exchange, tasks
-from data.files import all_or_nothing, check_folder, check_space, fingerprint, hold
-from data.progress import show_progress, stop_on_signal, time_left
-from data.texts import PARTS, UserError, load_corpus, load_tokenizer
-from tsld import GPT, LOSSES, GPTConfig, QuantLinear, TrainConfig
+from data import tasks
+from data.lib import files, resumable, transcript
+from data.lib.checkpoints import architecture, key_of, set_aside
+from data.lib.command import exit_code, make_parser, number
+from data.lib.devices import choose_device, default_dtype
+from data.lib.errors import UserError
+from data.lib.files import fingerprint
+from data.lib.folder import check_folder, check_space, hold
+from data.lib.processes import first_process_first, processes, spread
+from data.lib.resumable import Measure, first_blocks, kl_to_teacher
+from data.lib.scores import (
+    count_parameters,
+    count_ternary,
+    pack,
+    perplexity,
+    score_task,
+    score_text,
+)
+from data.lib.sources import Source, encode, from_preset, from_transformers, load_texts
+from data.lib.students import export, load_student, write_text
+from tsld import GPT, LOSSES, GPTConfig, TrainConfig
 
-class TrainingStopped(KeyboardInterrupt):
-    """A signal asked training to stop; the checkpoint is on disk."""
-
-
-# --------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # The run
 
 
 def run(args):
-    """Corpus, teacher, rounded teacher, students; then the table, a sample of text and
-    results.json."""
+    """Trains a teacher, rounds it, and distills students from it. Leaves results.json
+    and packed models in --out, and prints a table and samples of text."""
     out = check_folder(args.out)
-    with hold(out) if processes()[0] == 0 else nullcontext():
-        train_and_compare(set_up(args), args, out)
+    is_first = processes()[0] == 0
+    with hold(out) if is_first else nullcontext():
+        train_and_compare(set_up(args), out)
 
 
-def train_and_compare(setup, args, out):
-    losses = LOSSES if args.loss == "all" else (args.loss,)
-    for path in [] if args.resume else [out / f"student-{loss}.pt" for loss in losses]:
-        if path.exists() and processes()[0] == 0:  # of an earlier run: not for a later --resume
-            os.replace(path, path.with_suffix(".previous.pt"))
+def train_and_compare(setup, out):
+    paths = {name: out / f"student-{name}.pt" for name in setup.students}
+    if not setup.args.resume:
+        set_aside(paths.values())  # where a later --resume does not meet them
+
+    # The teacher, and what rounding alone makes of it.
     teacher = train_teacher(setup)
-    rounded = tsld.quantize_model(copy.deepcopy(teacher), args.bits, args.granularity)
+    rounded = quantized(setup, teacher)
     scores = {"teacher": score(setup, teacher), "ptq": score(setup, rounded)}
-    sizes = {"bytes_fp32": sum(4 * p.numel() for p in teacher.parameters())}
-    linear = [m for m in rounded.modules() if isinstance(m, QuantLinear)]
-    sizes["linear_bytes_fp32"] = sum(4 * m.weight.numel() for m in linear)
-    table = [("teacher", scores["teacher"], sizes["bytes_fp32"])]
-    packed = pack(rounded, out / "rounded.packed")["bytes_packed"]
-    table.append((f"teacher in {args.bits} bits, untrained", scores["ptq"], packed))
-    frozen, results = frozen_teacher(setup, teacher, scores["teacher"]), []
-    for loss in losses:
-        student = tsld.quantize_model(copy.deepcopy(teacher), args.bits, args.granularity)
-        config = replace(setup.student, loss=loss)
-        seconds, scores["student"] = train_student(setup, student, config, frozen, loss)
-        sizes |= pack(student, out / f"student-{loss}.packed")
-        weight = config.gt_weight if loss == "tsld" else None
-        name = f"student, {loss} + {weight:g} gt" if weight else f"student, {loss}"
-        table.append((name, scores["student"], sizes["bytes_packed"]))
-        row = {"loss": loss, **{key: getattr(args, key) for key in ("bits", "granularity", "seed")}}
-        row |= {"gt_weight": weight, "model": setup.source.name, "data": setup.corpus}
-        row |= {"tokenizer": setup.source.tokenizer.name, "task": args.task}
-        for part, prefix in (("valid", ""), ("test", "test_")):
-            for who in ("teacher", "ptq", "student"):
-                values = scores[who].get(part, {})
-                row |= {f"{prefix}{who}_{unit}": x for unit, x in values.items()}
-        trained = config.steps * config.batch_size * config.block_size
-        row |= {**sizes, "train_seconds": seconds, "tokens_per_second": trained / seconds}
-        results.append(row)
-        write_text(out / "results.json", json.dumps(results, indent=2) + "\n")
-    print_table(table)
-    print_sample(setup, student, loss)
+    sizes = {"bytes_fp32": 4 * count_parameters(teacher)}
+    sizes["linear_bytes_fp32"] = 4 * count_ternary(rounded)
+    size = pack(rounded, out / "rounded.packed")["bytes_packed"]
+    rows = [("teacher", scores["teacher"], sizes["bytes_fp32"])]
+    rows.append((f"rounded to {setup.args.bits} bits", scores["ptq"], size))
+
+    # Its students. Each starts as the rounded teacher.
+    frozen = frozen_teacher(setup, teacher, scores["teacher"])
+    results = []
+    for name, config in setup.students.items():
+        student = quantized(setup, teacher)
+        seconds, scores["student"] = train_student(setup, student, config, frozen, name)
+        sizes |= pack(student, out / f"student-{name}.packed")
+        label = transcript.describe(config)
+        rows.append((label, scores["student"], sizes["bytes_packed"]))
+        results.append(result_row(setup, config, scores, sizes, seconds))
+        if processes()[0] == 0:
+            text = json.dumps(results, indent=2) + "\n"
+            files.write_text(out / "results.json", text)
+
+    # What came out.
+    transcript.print_table(rows)
+    transcript.print_lessons(results, sizes)
+    models = {"teacher": teacher, "rounded": rounded, name: student}
+    transcript.print_texts(setup, models)
     print(f"\nresults: {out / 'results.json'}")
-    if args.bits == 2 and isinstance(student, GPT):
-        file = out / f"student-{loss}.packed"
-        print(f"more text: python train_small.py --generate {file} --prompt 'the company said'")
+    if setup.args.bits == 2 and isinstance(student, GPT):
+        file = out / f"student-{name}.packed"
+        transcript.print_next_command(__file__, file, setup)
 
 
-@dataclass
-class Source:
-    """Where the teacher starts."""
+def quantized(setup, teacher):
+    """The teacher rounded, to be trained. Raises UserError if it cannot be rounded."""
+    student = copy.deepcopy(teacher)
+    try:
+        return tsld.quantize_model(student, setup.args.bits, setup.args.granularity)
+    except ValueError as error:
+        raise UserError(f"--model {setup.source.name}: {error}") from None
 
-    name: str  # a key of PRESETS, or what --model named
-    model: nn.Module
-    tokenizer: object  # a tiktoken.Encoding or a TheirTokenizer
-    preset: object  # a Preset
-    init: str  # "scratch" or "pretrained"
+
+def result_row(setup, config, scores, sizes, seconds):
+    """One entry of results.json."""
+    source, args = setup.source, vars(setup.args)
+    row = {"loss": config.loss, "model": source.name, "data": setup.corpus}
+    row |= {"tokenizer": source.tokenizer.name, "gt_weight": None}
+    if transcript.takes_weight(config.loss):
+        row["gt_weight"] = config.gt_weight
+    for name in ("bits", "granularity", "seed", "teacher_seed", "task"):
+        row[name] = args[name]
+
+    for part, prefix in (("valid", ""), ("test", "test_")):
+        for model in ("teacher", "ptq", "student"):
+            for unit, value in scores[model].get(part, {}).items():
+                row[f"{prefix}{model}_{unit}"] = value
+
+    tokens = config.steps * config.batch_size * config.block_size
+    row |= {"train_seconds": seconds, "tokens_per_second": tokens / seconds}
+    return row | sizes
+
+
+# --------------------------------------------------------------------------------------
+# Set-up
 
 
 @dataclass
@@ -108,342 +136,200 @@ class Setup:
     device: torch.device
     corpus: str
     source: Source
-    tokens: dict  # part -> int64 (n,); "student" is the share of "train" that the student sees
+    tokens: dict  # part -> int64 (n,); "student" is the share that the student sees
     examples: list | None  # of --task, to evaluate on
     teacher: TrainConfig
     student: TrainConfig
+    students: dict  # name -> TrainConfig, of all students that the command trains
 
 
 def set_up(args):
-    device, out = choose_device(args.device), check_folder(args.out)
+    """Reads texts, model and flags. Raises UserError if they do not fit together."""
+    device = choose_device(args.device)
     with first_process_first():  # it downloads, the others find
-        if args.task:
-            train, examples = tasks.load_task(args.task)
-            name, texts = args.task, {"train": train, "valid": examples, "test": examples}
-            description = f"{name}, {len(train):,} examples, {len(examples):,} to evaluate on"
-        else:
-            examples, (name, description, texts) = None, load_corpus(args.data)
-        print(f"corpus: {description}", flush=True)
+        corpus, texts, examples = load_texts(args.data, args.task)
         source = choose_source(args, device)
+    tokens = encode(texts, source, args.student_tokens or source.preset.student_tokens)
+    teacher, student = configs(args, source, tokens, device)
+    students = all_students(student) if args.loss == "all" else {args.loss: student}
+    check_space(check_folder(args.out), source.model, 1 + len(students))
+    setup = Setup(
+        args, device, corpus, source, tokens, examples, teacher, student, students
+    )
+    ternary = count_ternary(quantized(setup, source.model))
+    transcript.print_setup(source.model, ternary, student, device)
+    return setup
+
+
+def configs(args, source, tokens, device):
+    """The teacher's and the student's TrainConfig."""
     preset, block_size = source.preset, source.preset.gpt.block_size
-    check_space(out, source.model, 1 + (len(LOSSES) if args.loss == "all" else 1))
-    encode = source.tokenizer.encode_ordinary
-    if args.task:
-        encode = lambda examples: tasks.training_text(source.tokenizer, examples)
-    tokens = {part: torch.tensor(encode(texts[part])) for part in PARTS}
-    tokens["student"] = tokens["train"][: args.student_tokens or preset.student_tokens]
-    for part, tokens_of_part in tokens.items():
-        least = block_size + 1 if part in ("train", "student") else 2
-        if len(tokens_of_part) < least:
-            length = f"{len(tokens_of_part)} tokens, and it takes {least} or more"
-            raise UserError(f"the {part} text is too short: {length}")
-    lr = args.lr or student_lr(preset, args.bits)
-    given = {"batch_size": args.batch_size, "accumulate": args.accumulate, "lr": lr}
-    given |= {"temperature": args.tsld_temperature, "gt_weight": args.gt_weight}
-    given = {key: value for key, value in given.items() if value is not None}
-    batch = preset.teacher.batch_size  # in as many parts as asked for, or a few more
-    parts = next(n for n in range(min(args.accumulate, batch), batch + 1) if batch % n == 0)
-    teacher, student = replace(preset.teacher, accumulate=parts), replace(preset.student, **given)
-    full = limit(student, preset.student_epochs, block_size, tokens["student"])
-    student.steps = args.steps or full
+    student = replace(preset.student, loss="tsld" if args.loss == "all" else args.loss)
+    student.lr = args.lr or student_lr(preset, args.bits)
+    student.batch_size = args.batch_size or student.batch_size
+    student.accumulate = args.accumulate
+    student.temperature = args.tsld_temperature or student.temperature
+    if args.gt_weight is not None:
+        student.gt_weight = args.gt_weight
+    whole = limit(student, preset.student_epochs, block_size, tokens["student"])
+    student.steps = args.steps or whole
+
+    # A run that is shortened to try things out shortens its teacher in proportion.
+    teacher = replace(preset.teacher, accumulate=args.accumulate)
     teacher.steps = limit(teacher, preset.teacher_epochs, block_size, tokens["train"])
-    # A run shortened to try things out shortens the teacher as well.
-    teacher.steps = args.teacher_steps or math.ceil(teacher.steps * min(1, student.steps / full))
-    for config in (teacher, student):
-        config.dtype, config.seed = args.dtype or default_dtype(device), args.seed
+    share = min(1, student.steps / whole)
+    teacher.steps = args.teacher_steps or math.ceil(teacher.steps * share)
+    while teacher.batch_size % teacher.accumulate:  # in a part or a few more
+        teacher.accumulate = min(teacher.accumulate + 1, teacher.batch_size)
+
+    world = processes()[1]
+    for config, seed in ((teacher, args.teacher_seed), (student, args.seed)):
+        config.seed = seed
         config.block_size = block_size
-        if config.batch_size % (processes()[1] * config.accumulate):
-            parts = f"{processes()[1]} processes times {config.accumulate} parts (--accumulate)"
-            raise UserError(f"a batch of {config.batch_size} does not divide into {parts}")
-    if student.dtype == "bfloat16" and default_dtype(device) == "float32":
-        print("dtype: this device has no fast bfloat16, a step may take 20 times that of float32")
-    return Setup(args, device, name, source, tokens, examples, teacher, student)
+        config.dtype = args.dtype or default_dtype(device)
+        if config.batch_size % (world * config.accumulate):
+            parts = f"{world} (processes) x {config.accumulate} (--accumulate)"
+            message = f"a batch of {config.batch_size} does not divide by {parts}"
+            raise UserError(message)
+    return teacher, student
+
+
+def all_students(student):
+    """Name -> TrainConfig for --loss all: each loss; and logit and TSLD without labels,
+    where the others see labels, so that like can be compared with like."""
+    students = {loss: replace(student, loss=loss) for loss in LOSSES}
+    if student.gt_weight > 0:
+        for loss in ("logit", "tsld"):
+            students[f"{loss}-no-gt"] = replace(student, loss=loss, gt_weight=0.0)
+    return students
+
+
+def choose_source(args, device):
+    """The model that is asked for, or the best that can be had without failing."""
+    init, size, seed = args.init, args.block_size, args.teacher_seed
+    if args.model is not None and args.model not in PRESETS:
+        attentions = args.loss in ("l2l", "all")
+        return from_transformers(args.model, GPT2, init, size, attentions)
+    if args.model is None and init != "pretrained" and device.type == "cuda":
+        try:
+            return from_preset("gpt2", GPT2, init, size, seed)
+        except UserError as error:
+            print(f"model: tiny, instead of gpt2: {error}", flush=True)
+    name = args.model or "tiny"
+    return from_preset(name, PRESETS[name], init, size, seed)
+
+
+# --------------------------------------------------------------------------------------
+# Scores and sizes
 
 
 def score(setup, model, parts=("valid", "test")):
-    """Each part's perplexity per token and bits per byte. A task has one part: only its right
-    answers count, and its accuracies are added. TrainingDiverged: a loss is not finite."""
-    model, scores, tokenizer = spread(model, setup.device), {}, setup.source.tokenizer
-    block_size, more = setup.student.block_size, {}
-    for part in parts[:1] if setup.examples else parts:
-        if setup.examples:
-            given = model, tokenizer, setup.examples, block_size, show_progress
-            nats, predicted, cut, more = tasks.evaluate_task(*given)
-            nats /= len(predicted)
-            cut = f", {cut} of them cut from the left to fit a block of {block_size}" if cut else ""
-            show_progress(f"scored {len(setup.examples)} examples{cut}", last=True)
-        else:
-            nats = tsld.evaluate(model, setup.tokens[part], block_size)
-            predicted = setup.tokens[part][1:].tolist()
-        if not nats < math.log(sys.float_info.max):
-            raise tsld.TrainingDiverged(f"the {part} text costs {nats} nats per token")
-        size = len(tokenizer.decode_bytes(predicted))
-        bpb = tsld.bits_per_byte(nats, len(predicted), size)
-        scores[part] = {"ppl": math.exp(nats), "bpb": bpb} | more
+    """part -> {"ppl": perplexity per token, "bpb": bits per byte}. A task has one part,
+    of its right answers, with accuracies. Raises TrainingDiverged."""
+    model = spread(model, setup.device)
+    tokenizer, block_size = setup.source.tokenizer, setup.student.block_size
+    if setup.examples is not None:
+        scores = score_task(model, tokenizer, setup.examples, block_size)
+        return {parts[0]: scores}
+
+    scores = {}
+    for part in parts:
+        ids = setup.tokens[part]
+        scores[part] = score_text(model, tokenizer, ids, block_size)
     return scores
 
 
-def pack(model, path):
-    """Packs a 2-bit model in place and saves it. Returns the file's size and that of its ternary
-    weights, in bytes; 4-bit models have no packed form, and None for both."""
-    if any(isinstance(m, QuantLinear) and m.bits != 2 for m in model.modules()):
-        path.unlink(missing_ok=True)  # of an earlier run
-        return {"bytes_packed": None, "linear_bytes_packed": None}
-    tsld.pack_model(model)
-    with first_process_first():
-        if processes()[0] == 0:
-            tsld.save_model(path, model)
-    weights = sum(m.packed.numel() for m in model.modules() if isinstance(m, tsld.PackedLinear))
-    return {"bytes_packed": path.stat().st_size, "linear_bytes_packed": weights}
-
-
-def print_table(rows):
-    """rows: (name, scores, bytes or None)."""
-    names = {"ppl": "perplexity", "bpb": "bits/byte", "valid": "validation"}
-    parts = {part: [names.get(unit, unit) for unit in units] for part, units in rows[0][1].items()}
-    titles = ("".join(f"{title:>11}" for title in units) for units in parts.values())
-    above = "".join(f"{names.get(p, p):>{11 * len(units)}}" for p, units in parts.items())
-    print(f"\n{'':32}{above}{'size':>13}\n{'':32}{''.join(titles)}{'bytes':>13}")
-    for name, scores, size in rows:
-        values = [x for part in scores.values() for x in part.items()]
-        cells = "".join(f"{x:11.2f}" if unit == "ppl" else f"{x:11.4f}" for unit, x in values)
-        print(f"{name:32}{cells}{'not packed' if size is None else f'{size:,}':>13}")
-
-
-SAMPLING = {"temperature": 0.8, "top_k": 200}
-
-
-def print_sample(setup, student, loss, prompt_length=16, length=64):
-    """The student's continuation of the first words of the validation text."""
-    block_size = setup.student.block_size
-    prompt = setup.tokens["valid"][: min(prompt_length, block_size // 2)]
-    length = min(length, block_size - len(prompt))
-    torch.manual_seed(setup.args.seed)
-    student, prompt = student.to(setup.device), prompt[None].to(setup.device)
-    ids = student.generate(prompt, max_new_tokens=length, **SAMPLING)[0].tolist()
-    decode, n = setup.source.tokenizer.decode, prompt.shape[1]
-    print(f"\nthe {loss} student continues “{decode(ids[:n]).strip()}”:\n{decode(ids[n:]).strip()}")
-
-
-def load_student(path):
-    """A packed GPT, and the tokenizer of its preset."""
-    model = tsld.load_model(path)
-    names = {preset.gpt.vocab_size: preset.tokenizer for preset in PRESETS.values()}
-    if model.config.vocab_size not in names:
-        raise UserError(f"no tokenizer has the {model.config.vocab_size} tokens of {path}")
-    return model, load_tokenizer(names[model.config.vocab_size])
-
-
-def export(args):
-    """Writes a packed model as other programs open it."""
-    file, folder, *dtype = args.export if len(args.export) > 1 else ("", "", "")
-    if dtype not in ([], ["float16"]) or not folder or args.model in PRESETS:
-        raise UserError("--export takes FILE FOLDER [float16], and --model for transformers alone")
-    dtype = torch.float16 if dtype else torch.float32
-    with all_or_nothing(folder) as new:
-        if args.model is None:
-            model, tokenizer = load_student(file)
-            model.save_pretrained(new, dtype)
-            exchange.save_tokenizer(tokenizer, new)
-        else:
-            source = load_theirs(args)
-            student = tsld.load_model(file, into=copy.deepcopy(source.model))
-            exchange.unpacked(student, source.model).to(dtype).save_pretrained(new)
-            source.tokenizer.theirs.save_pretrained(new)
-    print(f"{folder}: {file}, its weights in {dtype}")
-
-
-def generate(args):
-    """Writes the packed model's continuation of the prompt, as it comes, until its block is
-    full."""
-    (model, tokenizer), device = load_student(args.generate), choose_device(args.device)
-    prompt, block = tokenizer.encode_ordinary(args.prompt), model.config.block_size
-    if not 0 < len(prompt) < block:
-        length = f"--prompt has {len(prompt)} tokens, and the model's block is {block}"
-        raise UserError(f"{length}: it takes 1 to {block - 1} tokens")
-    torch.manual_seed(args.seed)
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may span tokens
-
-    def show(new):
-        text = decoder.decode(tokenizer.decode_single_token_bytes(new.item()))
-        print(text, end="", flush=True)
-
-    print(args.prompt, end="", flush=True)
-    ids = torch.tensor([prompt], device=device)
-    model.to(device).generate(ids, block - len(prompt), **SAMPLING, on_token=show)
-    print()
-
-
-# --------------------------------------------------------------------------------------------------
-# Teacher and student
-
-
-def teacher_path(setup):
-    """The teacher's file is named after everything that makes it, so that it is found again."""
-    source = setup.source
-    start, text = fingerprint(source.model.parameters()), fingerprint([setup.tokens["train"]])
-    made_of = [source.name, architecture(source.model), start, asdict(setup.teacher), text]
-    key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:8]
-    return Path(setup.args.out) / f"teacher-{Path(source.name).name}-{key}.pt"
+# --------------------------------------------------------------------------------------
+# Training
 
 
 def train_teacher(setup):
-    """A run that was killed while training it goes on where it was."""
-    teacher, path = setup.source.model, teacher_path(setup)
+    """The teacher, trained, or found in --out. An interrupted one goes on."""
+    teacher, config, path = setup.source.model, setup.teacher, teacher_path(setup)
     found = ", found there" if path.exists() else ""
-    print(f"teacher: {setup.teacher.steps} steps, kept in {path}{found}", flush=True)
-    train(setup, "teacher", teacher, setup.tokens["train"], setup.teacher, path, resume=True)
+    print(f"teacher: {config.steps} steps, kept in {path}{found}", flush=True)
+
+    ids = first_blocks(setup.tokens["valid"], config.block_size).flatten()
+    measure = Measure(
+        "validation perplexity",
+        lambda model: perplexity(tsld.evaluate(model, ids, config.block_size)),
+    )
+    resumable.train(
+        "teacher",
+        teacher,
+        setup.tokens["train"],
+        config,
+        path,
+        setup.device,
+        resume=True,
+        compile=setup.args.compile,
+        measure=measure,
+    )
     return teacher
 
 
+def teacher_path(setup):
+    """The teacher's file, named after everything that makes it, to be found again."""
+    source = setup.source
+    start = fingerprint(source.model.parameters())
+    text = fingerprint([setup.tokens["train"]])
+    made_of = [source.name, architecture(source.model), start]
+    made_of += [asdict(setup.teacher), text]
+    name = f"teacher-{Path(source.name).name}-{key_of(made_of)}.pt"
+    return Path(setup.args.out) / name
+
+
 def frozen_teacher(setup, teacher, scores):
-    """The teacher as the students see it: where products are taken in bfloat16, stored in it, if
-    its validation perplexity is then the same to three digits."""
-    frozen, exact = teacher, scores["valid"]["ppl"]
+    """The teacher as its students see it: in bfloat16, if products are taken in it and
+    the validation perplexity is then the same to three digits."""
+    frozen = teacher
     if setup.student.dtype == "bfloat16":
         half = copy.deepcopy(teacher).to(torch.bfloat16)
         rounded = score(setup, half, ["valid"])["valid"]["ppl"]
-        same = math.isclose(rounded, exact, rel_tol=5e-4)
-        stored = "bfloat16" if same else "float32; in bfloat16"
+        exact = scores["valid"]["ppl"]
+        is_same = math.isclose(rounded, exact, rel_tol=5e-4)
+        frozen = half if is_same else teacher
+        stored = "bfloat16" if is_same else "float32; in bfloat16"
         figures = f"perplexity {rounded:.2f}, in float32 {exact:.2f}"
         print(f"teacher for distillation: {stored} ({figures})", flush=True)
-        frozen = half if same else teacher
-    frozen.fingerprint = fingerprint(teacher.parameters())  # for the students' checkpoints
+
+    frozen.fingerprint = fingerprint(teacher.parameters())  # for students' checkpoints
     return spread(frozen, setup.device)
 
 
 def train_student(setup, student, config, frozen, name, watch=None):
-    """Trains a quantized copy of the teacher in place; returns the seconds that took, and its
-    scores. name: of the checkpoint. watch(step, model): called after each step."""
+    """Trains a quantized copy of the teacher in place. Returns the seconds that took,
+    and its scores. name: of the checkpoint. watch(step, model): called each step."""
     path = Path(setup.args.out) / f"student-{name}.pt"
     print(f"student, {name}: {config.steps} steps, kept in {path}", flush=True)
-    label, text, resume = f"student, {name}", setup.tokens["student"], setup.args.resume
-    seconds, trained = train(setup, label, student, text, config, path, resume, frozen, watch)
+
+    ids = first_blocks(setup.tokens["valid"], config.block_size)
+    kl = partial(kl_to_teacher, teacher=frozen, ids=ids)
+    measure = Measure("KL to the teacher", kl)
+    seconds, trained = resumable.train(
+        f"student, {name}",
+        student,
+        setup.tokens["student"],
+        config,
+        path,
+        setup.device,
+        resume=setup.args.resume,
+        teacher=frozen,
+        compile=setup.args.compile,
+        watch=watch,
+        measure=measure,
+    )
     return seconds, score(setup, trained)
 
 
-CHECKPOINT_SECONDS = 120  # between two checkpoints: what a power cut may cost
-
-
-def train(setup, label, model, tokens, config, path, resume, teacher=None, watch=None):
-    """tsld.train with a progress line and checkpoints. The state is written to `path` now and then,
-    at the end, and when a signal asks to stop; the one before is kept beside it. Returns the
-    seconds that training took, those before a resume included, and the trained model: `model`
-    itself, or where several processes share its weights, the shared copy of it."""
-    if setup.args.compile:  # block by block: they are alike, so one compilation serves all
-        for block in blocks_of(model):
-            block.compile()
-    quantizers = {(m.bits, m.granularity) for m in model.modules() if isinstance(m, QuantLinear)}
-    identity = asdict(config) | {"model": architecture(model), "quantizers": sorted(quantizers)}
-    identity |= {"text": fingerprint([tokens]), "teacher": getattr(teacher, "fingerprint", None)}
-    if any(isinstance(m, nn.Dropout) and m.p for m in model.modules()):
-        identity["processes, which draw their own dropout"] = processes()[1]
-    trained = spread(model, setup.device)
-    optimizer = tsld.make_optimizer(trained, config)
-    start, before = load_checkpoint(path, identity, trained, optimizer) if resume else (0, 0.0)
-    began = saved = time.monotonic()
-    per_step, speed = config.batch_size * config.block_size, "timing"
-    try:
-        with stop_on_signal() as received:
-            steps = tsld.train(trained, tokens, config, teacher, optimizer, start)
-            for step, loss in steps:
-                now = time.monotonic()
-                if step == start + 1:
-                    first = now  # this step of a run is slower, and does not count
-                else:
-                    rate = (step - start - 1) / (now - first)
-                    left = time_left((config.steps - step) / rate)
-                    speed = f"{rate * per_step:,.0f} tokens/s, {left} left"
-                line = f"{label}: step {step}/{config.steps}, loss {loss:.3f}, {speed}"
-                show_progress(line, step == config.steps)
-                if watch is not None:
-                    watch(step, trained)
-                stop, due = any_process(bool(received), now - saved >= CHECKPOINT_SECONDS)
-                if stop or due or step == config.steps:
-                    saved = time.monotonic()
-                    seconds = before + saved - began
-                    save_checkpoint(path, identity, trained, optimizer, step, seconds)
-                if stop:
-                    how = "the same command" + ("" if resume else " and --resume")
-                    words = f"stopped after step {step} of {config.steps}; go on with {how}"
-                    raise TrainingStopped(words)
-    except tsld.TrainingDiverged as error:
-        where = f"; the last checkpoint is {path}" if start or saved > began else ""
-        raise tsld.TrainingDiverged(f"{error}{where}") from None
-    if trained is not model:
-        dist.barrier()  # until the first process has written it
-        model.load_state_dict(tsld.read_file(path)["model"])
-    trained.eval()
-    return before + time.monotonic() - began, trained
-
-
-# What a checkpoint holds does not depend on how many processes wrote it.
-WHOLE = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
-
-
-def save_checkpoint(path, identity, model, optimizer, step, seconds):
-    weights, averages = sharded.get_state_dict(model, optimizer, options=WHOLE)
-    if processes()[0] > 0:
-        return
-    state = {"identity": identity, "step": step, "seconds": seconds}
-    new = path.with_suffix(".new.pt")
-    tsld.write_file(new, state | {"model": weights, "optimizer": averages})
-    if path.exists():
-        os.replace(path, path.with_suffix(".previous.pt"))
-    os.replace(new, path)
-
-
-def load_checkpoint(path, identity, model, optimizer):
-    """Step and seconds of the checkpoint; 0 and 0 where there is none."""
-    if not path.exists():
-        path = path.with_suffix(".previous.pt")  # killed between the two renames of save_checkpoint
-    if not path.exists():
-        return 0, 0.0
-    try:
-        state = tsld.read_file(path)
-    except tsld.CheckpointError as error:
-        before = path.with_suffix(".previous.pt")
-        before = f", {before} is the one before it" if before.exists() else ""
-        raise tsld.CheckpointError(f"{error}: delete it{before}") from None
-    with tsld.refusing(path, "is no checkpoint of this program"):
-        found, step, seconds = dict(state["identity"]), int(state["step"]), float(state["seconds"])
-        keys = found.keys() | identity.keys()
-        differ = [key for key in keys if found.get(key) != identity.get(key)]
-    if differ and ".previous" in path.suffixes:  # an earlier run's, set aside
-        return 0, 0.0
-    for key in sorted(differ):
-        other = f"{key} is {found.get(key)}, not {identity.get(key)}"
-        raise tsld.CheckpointError(f"{path} is of another run: {other}; delete it")
-    with tsld.refusing(path, "is no checkpoint of this program"):
-        weights = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
-        groups = lambda: optimizer.param_groups
-        kept = lambda: [{**g, "params": 0, "lr": 0, "betas": [*g["betas"]]} for g in groups()]
-        before = kept()
-        # torch takes an empty one for nothing to do, and does not look at an average's shape.
-        if not all(weights.values()) or not 0 < step <= identity["steps"] or not 0 <= seconds < 1e9:
-            raise ValueError
-        sharded.set_state_dict(model, optimizer, **weights, options=WHOLE)
-        if kept() != before:
-            raise ValueError
-        for parameter, averages in optimizer.state.items():
-            if any(averages[name].shape != parameter.shape for name in ("exp_avg", "exp_avg_sq")):
-                raise ValueError
-    return step, seconds
-
-
-def architecture(model):
-    """All that says which model this is but for its weights."""
-    return asdict(model.config) if isinstance(model, GPT) else repr(model)
-
-
-# --------------------------------------------------------------------------------------------------
-# Presets, and models from elsewhere
+# --------------------------------------------------------------------------------------
+# Presets
 
 
 @dataclass
 class Preset:
-    """A model and how it is trained. Training ends with whichever comes first, its steps or its
-    epochs (an epoch is as many random pieces of block_size tokens as the text is long)."""
+    """A model and how it is trained: for its steps or its epochs, whichever end first.
+    An epoch is as many random pieces as the text has blocks."""
 
     gpt: GPTConfig
     tokenizer: str
@@ -452,11 +338,27 @@ class Preset:
     teacher_epochs: float = math.inf
     student_epochs: float = math.inf
     student_tokens: int | None = None  # the student sees the first so many; None: all
-    lr_4bit: float | None = None  # of a 4-bit student, which has less to win back; None: student.lr
+    lr_4bit: float | None = None  # of a 4-bit student, with less to win back
 
 
-# The schedule of the paper's GPT-2 runs.
-GPT2 = Preset(
+TINY = Preset(  # a few minutes on two CPU cores; rounding destroys its teacher
+    gpt=GPTConfig(block_size=128, vocab_size=2048, n_layer=2, n_head=4, n_embd=128),
+    tokenizer="bpe2048",
+    teacher=TrainConfig("gt", steps=4000, batch_size=4, lr=4e-3, weight_decay=0.0),
+    student=TrainConfig(
+        "tsld", temperature=20.0, gt_weight=0.25, steps=200, batch_size=8, lr=2e-3
+    ),
+    teacher_epochs=11,  # more would only teach it a small text by heart
+    student_tokens=100_000,
+    lr_4bit=1e-4,
+)
+TINY_6 = replace(  # six layers: the model of data/evidence
+    TINY,
+    gpt=replace(TINY.gpt, n_layer=6),
+    teacher=TrainConfig("gt", steps=350, batch_size=32, lr=4e-3),
+    student=replace(TINY.student, steps=100, batch_size=32, lr=1e-3),
+)
+GPT2 = Preset(  # the schedule of the paper's GPT-2 runs
     gpt=GPTConfig(block_size=512, dropout=0.1),
     tokenizer="gpt2",
     teacher=TrainConfig(loss="gt", steps=10**6, batch_size=4, lr=1e-4),
@@ -464,336 +366,185 @@ GPT2 = Preset(
     teacher_epochs=3,
     student_epochs=90,
 )
+
+
+def gpt2(n_layer, n_head, n_embd):
+    gpt = replace(GPT2.gpt, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
+    return replace(GPT2, gpt=gpt)
+
+
 PRESETS = {
-    # Under five minutes on two CPU cores; a teacher that saw more text than its student. More than
-    # 11 epochs would only teach it a small text by heart.
-    "tiny": Preset(
-        gpt=GPTConfig(block_size=128, vocab_size=2048, n_layer=6, n_head=4, n_embd=128),
-        tokenizer="bpe2048",
-        teacher=TrainConfig(loss="gt", steps=350, batch_size=32, lr=4e-3),
-        student=TrainConfig(steps=100, batch_size=32, lr=1e-3, temperature=20.0, gt_weight=0.25),
-        lr_4bit=1e-4,
-        teacher_epochs=11,
-        student_tokens=100_000,
-    ),
+    "tiny": TINY,
+    "tiny-6": TINY_6,
     "gpt2": GPT2,
-    "gpt2-medium": replace(GPT2, gpt=replace(GPT2.gpt, n_layer=24, n_head=16, n_embd=1024)),
-    "gpt2-large": replace(GPT2, gpt=replace(GPT2.gpt, n_layer=36, n_head=20, n_embd=1280)),
-    "gpt2-xl": replace(GPT2, gpt=replace(GPT2.gpt, n_layer=48, n_head=25, n_embd=1600)),
-}
-PUBLISHED = {  # name to SHA-256 of its pytorch_model.bin, where it is known
-    "gpt2": "7c5d3f4b8b76583b422fcb9189ad6c89d5d97a094541ce8932dce3ecabde1421",
-    "gpt2-medium": None,
-    "gpt2-large": None,
-    "gpt2-xl": None,
+    "gpt2-medium": gpt2(24, 16, 1024),
+    "gpt2-large": gpt2(36, 20, 1280),
+    "gpt2-xl": gpt2(48, 25, 1600),
 }
 
 
 def student_lr(preset, bits):
-    return preset.lr_4bit if bits == 4 and preset.lr_4bit else preset.student.lr
+    if bits == 4 and preset.lr_4bit is not None:
+        return preset.lr_4bit
+    return preset.student.lr
 
 
 def limit(config, epochs, block_size, tokens):
     """The smaller of config.steps and `epochs`, in steps."""
     if math.isinf(epochs):
         return config.steps
-    return min(config.steps, math.ceil(epochs * len(tokens) / (config.batch_size * block_size)))
+    blocks = epochs * len(tokens) / (config.batch_size * block_size)
+    return min(config.steps, math.ceil(blocks))
 
 
-def choose_source(args, device):
-    """The model and tokenizer that are asked for, or the best that can be had without failing."""
-    if args.model is not None and args.model not in PRESETS:
-        return load_theirs(args)
-    if args.model is None and args.init != "pretrained" and device.type == "cuda":
-        try:
-            return load_preset("gpt2", args)
-        except UserError as error:
-            print(f"model: tiny, instead of gpt2: {error}", flush=True)
-    return load_preset(args.model or "tiny", args)
-
-
-def load_preset(name, args):
-    preset = PRESETS[name]
-    size = args.block_size or preset.gpt.block_size
-    preset = replace(preset, gpt=replace(preset.gpt, block_size=size))
-    init = args.init or ("pretrained" if name in PUBLISHED else "scratch")
-    if init == "pretrained" and name not in PUBLISHED:
-        known = ", ".join(PUBLISHED)
-        raise UserError(f"--init pretrained: there are published weights for {known} alone")
-    if init == "pretrained" and size > GPTConfig.block_size:
-        raise UserError(f"--block-size {size}: {name} takes {GPTConfig.block_size} tokens at most")
-    tokenizer = load_tokenizer(preset.tokenizer)
-    torch.manual_seed(args.seed)
-    model = GPT(preset.gpt)
-    if init == "pretrained":
-        exchange.load_published(name, PUBLISHED[name], model)
-    return Source(name, model, tokenizer, preset, init)
-
-
-def load_theirs(args):
-    """Any causal language model of transformers, with its own tokenizer and GPT-2's schedule."""
-    if args.init == "scratch":
-        raise UserError(f"--init scratch: {args.model} starts from the weights it comes with")
-    try:
-        model, tokenizer = exchange.load_theirs(args.model, args.loss in ("l2l", "all"))
-    except UserError as error:
-        raise UserError(f"--model {error}; without it there are {', '.join(PRESETS)}")
-    if processes()[1] == 1 and exchange.logits_are_hidden_times_head(model):
-        type(model).hidden = lambda self, ids: self.base_model(ids)[0]  # for lean_loss
-    size = args.block_size or GPT2.gpt.block_size
-    positions = getattr(model.config, "max_position_embeddings", size)
-    if (args.block_size or 0) > positions:
-        raise UserError(f"--block-size {size}: {args.model} takes {positions} tokens at most")
-    gpt = replace(GPT2.gpt, block_size=min(positions, size))
-    return Source(args.model, model, tokenizer, replace(GPT2, gpt=gpt), "pretrained")
-
-
-def choose_device(name):
-    if name is None:
-        accelerator = torch.accelerator.current_accelerator(check_available=True)  # cuda, mps
-        return accelerator or torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()  # "meta" has no numbers
-        return device
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError):
-        remedy = "without it a run takes what there is"
-        raise UserError(f"--device {name}: there is no such device here; {remedy}")
-
-
-def default_dtype(device):
-    """bfloat16 where the hardware multiplies it, else float32."""
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        has = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-        fast = any(has[name] for name in has if "bf16" in name)
-    return "bfloat16" if fast else "float32"
-
-
-# --------------------------------------------------------------------------------------------------
-# Processes
-
-def processes():
-    """This process's rank and the number of processes that train together: 0 and 1 without
-    torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def any_process(*values):
-    """Each boolean, true where it is in one of the processes: all of them then do the same."""
-    if not dist.is_initialized():
-        return values
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    total = torch.tensor(values, dtype=torch.int32, device=device)
-    dist.all_reduce(total)
-    return total.bool().tolist()
-
-
-def blocks_of(model):
-    """The layers of a language model: its longest list of modules."""
-    return max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len)
-
-
-def spread(model, device):
-    """The model on its device; where several processes train together, a copy whose parameters (and
-    gradients, and optimizer state) are shared out, each process holding a part of every one."""
-    if processes()[1] == 1 or isinstance(model, fsdp.FSDPModule):
-        return model.to(device)
-    model = copy.deepcopy(model).to(device)
-    for block in blocks_of(model):
-        fsdp.fully_shard(block)
-    fsdp.fully_shard(model)
-    if isinstance(model, GPT):
-        for name in ("hidden", "generate"):  # what lean_loss and GSM8K's answers take
-            fsdp.register_fsdp_forward_method(model, name)
-    return model
-
-
-@contextmanager
-def first_process_first():
-    """The first process does what follows alone, then all the others do."""
-    rank, world = processes()
-    if world > 1 and rank > 0:
-        dist.barrier()
-    try:
-        yield
-    finally:  # where the first one fails, the others fail by themselves
-        if world > 1 and rank == 0:
-            dist.barrier()
-
-
-@contextmanager
-def process_group():
-    """torchrun's processes, where there are any, train together; the first one alone prints."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        yield
-        return
-    gpus = torch.cuda.is_available()
-    if gpus:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if gpus else "gloo")
-    try:
-        with open(os.devnull, "w") as nowhere:
-            with nullcontext() if dist.get_rank() == 0 else redirect_stdout(nowhere):
-                yield
-    finally:
-        dist.destroy_process_group()
-
-
-def write_text(path, text):
-    if processes()[0] == 0:
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(text)
-        os.replace(temporary, path)
-
-
-# --------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # Command line
 
 
-def number(kind, least=0, or_equal=False, finite=True):
-    """An argparse type: a number above `least`, or from it on."""
-
-    def parse(text):
-        value = kind(text)
-        if not (value > least or or_equal and value == least) or finite and value >= 2**53:
-            raise ValueError
-        return value
-
-    bound = f"from {least} on" if or_equal else f"above {least}"
-    parse.__name__ = f"{kind.__name__} {bound}"  # argparse says: invalid NAME value: TEXT
-    return parse
+COUNT = number(int, above=0)
+POSITIVE = number(float, above=0)
 
 
-count, positive = number(int), number(float)
-# Group to flags: the name, the default, what argparse makes of the value, and what it is for.
+def defaults(tiny, others):
+    """The end of a help text: what a flag is without being given."""
+    return f"(default {tiny} for tiny, else {others})"
+
+
+# Group -> flags: name, default, what argparse makes of the value, what it is for.
 FLAGS = {
     "the student": [
         ("loss", "tsld", {"choices": (*LOSSES, "all")}, "what it learns from"),
-        ("bits", 2, {"type": int, "choices": (2, 4)}, "bits per weight, 2 is ternary"),
-        ("granularity", "tensor", {"choices": ("tensor", "channel")}, "what shares a scale"),
-        ("tsld-temperature", None, {"type": number(float, finite=False)},
-         "τ of the token scale, for --loss tsld (default 20 for tiny, else 10; inf: logit)"),
-        ("gt-weight", None, {"type": number(float, or_equal=True)},
-         "weight of the ground-truth loss added to tsld (default 0.25 for tiny, else 0): labels "
-         "help a student whose teacher has not finished learning its text"),
+        ("bits", 2, {"type": int, "choices": (2, 4)}, "bits per weight; 2 is ternary"),
+        ("granularity", "tensor", {"choices": ("tensor", "channel")},
+         "what shares a scale"),
+        ("tsld-temperature", None, {"type": number(float, above=0, finite=False)},
+         "τ of the token scale; inf gives every token the same weight "
+         + defaults(TINY.student.temperature, GPT2.student.temperature)),
+        ("gt-weight", None, {"type": number(float, least=0)},
+         "weight of the ground-truth loss that is added to logit and tsld "
+         + defaults(TINY.student.gt_weight, GPT2.student.gt_weight)),
     ],
     "model and data": [
-        ("model", None, {}, f"{', '.join(PRESETS)}, or one of transformers by path or name "
-         "(default gpt2 on a GPU, else tiny)"),
+        ("model", None, {}, f"{', '.join(PRESETS)}, or one of transformers by folder "
+         "or owner/name (default gpt2 on a GPU, else tiny)"),
         ("init", None, {"choices": ("scratch", "pretrained")},
-         "where the teacher starts (default scratch for tiny, else pretrained)"),
-        ("data", None, {}, "ptb, pydoc, a text file, or a folder with {train,valid,test}.txt "
-         "(default ptb, or pydoc where that cannot be had)"),
-        ("task", None, {"choices": tuple(tasks.PROMPTS)}, "train on one of the paper's tasks "
-         "instead of a text, and say how often the model chooses the right answer"),
-        ("student-tokens", None, {"type": count},
-         "how much of the training text the student sees (default 100000 for tiny, else all)"),
+         f"where the teacher starts {defaults('scratch', 'pretrained')}"),
+        ("data", None, {}, "ptb, pydoc, a text file, or a folder with "
+         "{train,valid,test}.txt (default ptb, or pydoc where that cannot be had)"),
+        ("task", None, {"choices": tuple(tasks.PROMPTS)},
+         "train on one of the paper's tasks instead, and report accuracies"),
+        ("student-tokens", None, {"type": COUNT},
+         "how much of the training text the student sees "
+         + defaults(TINY.student_tokens, "all")),
     ],
     "training": [
-        ("steps", None, {"type": count}, "of the student (default 100 for tiny, else 90 epochs); "
-         "fewer shorten the teacher's as well"),
-        ("teacher-steps", None, {"type": count}, "of the teacher (default 350 for tiny, at "
-         "most 11 epochs, else 3 epochs)"),
-        ("batch-size", None, {"type": count}, "of the student, in sequences (default 32 for tiny, "
-         "else 4)"),
-        ("block-size", None, {"type": number(int, 1)},
-         "tokens of a sequence (default 128 for tiny, else 512)"),
-        ("accumulate", 1, {"type": count},
-         "parts that a batch, the teacher's as well, is taken in to save memory"),
-        ("lr", None, {"type": positive}, "peak learning rate of the student (default 1e-3 for tiny "
-         "with 2 bits, else 1e-4)"),
+        ("steps", None, {"type": COUNT}, "of the student; fewer than the default "
+         "shorten the teacher's training in proportion "
+         + defaults(TINY.student.steps, f"{GPT2.student_epochs} epochs")),
+        ("teacher-steps", None, {"type": COUNT}, "of the teacher "
+         + defaults(f"{TINY.teacher.steps}, at most {TINY.teacher_epochs} epochs,",
+                    f"{GPT2.teacher_epochs} epochs")),
+        ("batch-size", None, {"type": COUNT}, "sequences in a step of the student "
+         + defaults(TINY.student.batch_size, GPT2.student.batch_size)),
+        ("block-size", None, {"type": number(int, above=1)}, "tokens in a sequence "
+         + defaults(TINY.gpt.block_size, GPT2.gpt.block_size)),
+        ("accumulate", 1, {"type": COUNT},
+         "parts that every batch is split into, to save memory"),
+        ("lr", None, {"type": POSITIVE}, "peak learning rate of the student "
+         + defaults(f"{TINY.student.lr:g}, {TINY.lr_4bit:g} with 4 bits,",
+                    f"{GPT2.student.lr:g}")),
         ("dtype", None, {"choices": ("float32", "bfloat16")},
          "of matrix products (default bfloat16 where the hardware has it)"),
-        ("compile", False, {"action": "store_true"}, "torch.compile: a slow start, faster steps"),
+        ("compile", False, {"action": "store_true"},
+         "torch.compile: a slow start, then faster steps"),
     ],
     "the run": [
-        ("seed", 0, {"type": number(int, or_equal=True)}, "of weights, data order and sampling"),
-        ("device", None, {}, "cpu, cuda, mps, ... (default the accelerator where there is one)"),
+        ("seed", 0, {"type": number(int, least=0)},
+         "of the students' data order and dropout, and of sampled text"),
+        ("teacher-seed", 0, {"type": number(int, least=0)},
+         "of the teacher's weights, data order and dropout"),
+        ("device", None, {}, "cpu, cuda, mps, ... (default the accelerator, if any)"),
         ("out", "out", {}, "folder for checkpoints and results"),
-        ("resume", False, {"action": "store_true"}, "go on with a student that was interrupted"),
+        ("resume", False, {"action": "store_true"},
+         "go on with a student that was interrupted"),
     ],
     "instead of training": [
         ("generate", None, {"metavar": "FILE"}, "write text with a packed model"),
         ("prompt", "the", {}, "what the text begins with"),
-        ("export", None, {"metavar": ("FILE", "FOLDER"), "nargs": "+"}, "write a packed model as "
-         "transformers opens it; a third word, float16, halves it"),
+        ("export", None, {"metavar": ("FILE", "FOLDER"), "nargs": "+"},
+         "write a packed model as transformers opens it; a third word, float16, "
+         "halves the files"),
     ],
 }  # fmt: skip
 ALL = {name: default for flags in FLAGS.values() for name, default, _, _ in flags}
-INSTEAD = {"generate": {"generate", "prompt", "seed", "device"}, "export": {"export", "model"}}
-TRAIN = ALL.keys() - {"generate", "prompt", "export"}
+TAKES = {
+    "--generate": {"generate", "prompt", "seed", "device"},
+    "--export": {"export", "model"},
+    "training": ALL.keys() - {"generate", "prompt", "export"},
+}
+TRAIN = TAKES["training"]
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message} (see --help)")
+def parse(argv, takes=None, description=None, **other_defaults):
+    """The flags as a namespace. takes: those of another command than this file's own,
+    description: its --help. Raises UserError."""
+    description = description or " ".join(__doc__.split("\n\n")[0].split())
+    names = ALL if takes is None else takes
+    parser = make_parser(FLAGS, names, description, other_defaults)
+    found = vars(parser.parse_args(argv))
+    flags = {name.replace("_", "-"): value for name, value in found.items()}
+    if takes is None:
+        check_command(parser, flags)
 
-
-def parse(argv, takes=None, description=__doc__.split("\n")[0], **defaults):
-    """The flags as a namespace. takes: those of another command than this file's own."""
-    parser = Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    for title, flags in FLAGS.items():
-        group = parser.add_argument_group(title)
-        for name, default, how, about in flags:
-            default = defaults.get(name, default)
-            shown = "" if default is None or default is False else f" (default {default})"
-            if takes is None or name in takes:
-                group.add_argument(f"--{name}", help=(about + shown).replace("%", "%%"), **how)
-    given = {name.replace("_", "-"): x for name, x in vars(parser.parse_args(argv)).items()}
-    command = next((name for name in INSTEAD if name in given), "training")
-    takes = takes if takes is not None else INSTEAD.get(command, TRAIN)
-    unused = [f"--{name}" for name in given if name not in takes]
-    if unused:
-        parser.error(f"{', '.join(unused)} has no meaning for {command}")
-    values = ALL | defaults | given
-    if values["task"] and "data" in given:
-        parser.error("--data and --task: give one")
-    if values["loss"] not in ("tsld", "all") and given.keys() & {"tsld-temperature", "gt-weight"}:
-        parser.error(f"--tsld-temperature, --gt-weight: not for --loss {values['loss']}")
+    values = ALL | other_defaults | flags
+    losses = ("logit", "tsld", "all")
+    if "gt-weight" in flags and values["loss"] not in losses:
+        parser.error(f"--gt-weight has no meaning for --loss {values['loss']}")
+    if "tsld-temperature" in flags and values["loss"] not in ("tsld", "all"):
+        parser.error(f"--tsld-temperature has no meaning for --loss {values['loss']}")
+    if "data" in flags and values["task"]:
+        parser.error("--data and --task: name one of them")
     for name in ("generate", "data", "model", "out", "device"):
         if values[name] == "":
             parser.error(f"--{name} is empty")
-    name = values["model"]
-    if name not in (None, *PRESETS) and "/" not in name and not Path(name).is_dir():
-        known = f"none of {', '.join(PRESETS)}, no folder, and no owner/name of transformers"
-        parser.error(f"--model {name} is {known}")
-    return argparse.Namespace(**{name.replace("-", "_"): x for name, x in values.items()})
+
+    model = values["model"]
+    is_named = model in (None, *PRESETS)
+    if not is_named and "/" not in model and not Path(model).is_dir():
+        choices = f"{', '.join(PRESETS)}, a folder, or owner/name of transformers"
+        parser.error(f"--model {model} is none of {choices}")
+    return argparse.Namespace(**{k.replace("-", "_"): v for k, v in values.items()})
 
 
-def main(argv=None, command=None):
-    """Exit code: 0, 2 for what the user can mend, 1 for a diverged, 130 for a stopped run. command:
-    another than this file's own, a function of argv."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # for a terminal that has no τ
-    try:
-        if command is None:
-            args = parse(argv)
-            chosen = generate if args.generate else export if args.export else run
-            command = lambda argv: chosen(args)
-        with process_group():
-            command(argv)
-        return 0
-    except (UserError, tsld.CheckpointError) as error:
-        message, code = error, 2
-    except OSError as error:  # a disk full, a file gone
-        message, code = f"{error.filename}: {error.strerror}" if error.filename else error, 2
-    except (MemoryError, RuntimeError) as error:
-        remedy = "try --accumulate, or a smaller --batch-size or --block-size"
-        known = {"allocate": f"not enough memory: {remedy}"}
-        known |= {"inline_container": "a file cannot be written: is the disk full?"}  # torch.save
-        messages = [known[word] for word in known if word in str(error)]
-        if isinstance(error, RuntimeError) and not messages:
-            raise
-        message, code = (messages or [known["allocate"]])[0], 2
-    except tsld.TrainingDiverged as error:
-        message, code = error, 1
-    except KeyboardInterrupt as error:
-        message, code = str(error) or "interrupted; the checkpoints so far are kept", 130
-    print("error:", " ".join(str(message).split()), file=sys.stderr)
-    return code
+def check_command(parser, flags):
+    """Raises UserError for a flag that the chosen command does not use."""
+    command = "training"
+    for other in ("generate", "export"):
+        if other in flags:
+            command = f"--{other}"
+    unused = [f"--{name}" for name in flags if name not in TAKES[command]]
+    if unused:
+        parser.error(f"{', '.join(unused)} has no meaning for {command}")
+
+
+def own_command(argv):
+    args = parse(argv)
+    if args.generate:
+        device = choose_device(args.device)
+        model, tokenizer = load_student(args.generate, PRESETS)
+        write_text(model.to(device), tokenizer, args.prompt, args.seed)
+    elif args.export and args.model in PRESETS:
+        raise UserError(f"--export: --model is for transformers, not {args.model}")
+    elif args.export:
+        source = from_transformers(args.model, GPT2) if args.model else None
+        export(args.export, PRESETS, source)
+    else:
+        run(args)
+
+
+def main(argv=None, command=own_command):
+    """The exit code of a command, a function of argv: see data/lib/command.py."""
+    return exit_code(command, argv)
 
 
 if __name__ == "__main__":

@@ -1,23 +1,28 @@
-"""The texts that models are trained on, and their vocabularies: the Penn Treebank, the language
-reference inside Python, or a text of the user's. README.md beside this file says where each comes
-from."""
+"""The texts that models are trained on, and their vocabularies.
+
+A text is the Penn Treebank, the language reference inside Python, or one of the user's.
+README.md beside this file says where each comes from."""
 
 import base64
+import contextlib
 import hashlib
 import os
 import socket
 import sys
+import urllib.error
+import urllib.parse
 from pathlib import Path
+from typing import NamedTuple
 
 import tiktoken
 import torch
 
+from data.lib.errors import UserError
+
 DATA = Path(__file__).resolve().parent
 
-
-class UserError(Exception):
-    """Something the user can mend: printed as one line, exit code 2."""
-
+# --------------------------------------------------------------------------------------
+# Texts
 
 PARTS = ("train", "valid", "test")
 
@@ -33,109 +38,240 @@ PTB_MIRRORS = (
 )
 
 
+class Corpus(NamedTuple):
+    """A text to train on and to evaluate on."""
+
+    name: str
+    description: str  # where the text comes from, and why it is this one
+    parts: dict  # each of PARTS to its text
+
+
 def load_corpus(choice):
-    """Name, a description, and part to text. choice: "ptb", "pydoc", a path, or None for the best
-    that can be had without failing."""
-    pydoc = f"pydoc: the language reference inside Python {sys.version.split()[0]}"
-    if choice == "pydoc":
-        return "pydoc", f"{pydoc}, as asked for", load_pydoc()
-    if choice not in (None, "ptb"):
-        return str(choice), f"{choice}, as asked for", load_path(Path(choice))
-    why = "as asked for" if choice else "the default where it can be had"
+    """Loads the corpus "ptb", "pydoc" or that of a path. None stands for the Penn
+    Treebank or, where it cannot be had, pydoc.
+
+    Raises UserError if the corpus that was asked for cannot be had."""
+    if choice is not None:
+        return load_chosen(choice, "as asked for")
+
+    # A first run needs nothing but Python: no file, and no network.
     try:
-        return "ptb", f"Penn Treebank, from {DATA / 'ptb'}, {why}", load_ptb()
+        return load_chosen("ptb", "the default where it can be had")
     except UserError as error:
-        if choice:
-            raise
-        return "pydoc", f"{pydoc}, instead of the Penn Treebank: {error}", load_pydoc()
+        return load_chosen("pydoc", f"instead of the Penn Treebank: {error}")
+
+
+def load_chosen(choice, reason):
+    if choice == "ptb":
+        description = f"Penn Treebank, from {DATA / 'ptb'}"
+        parts = load_ptb()
+    elif choice == "pydoc":
+        version = sys.version.split()[0]
+        description = f"pydoc: the language reference inside Python {version}"
+        parts = load_pydoc()
+    else:
+        description = choice
+        parts = load_path(Path(choice))
+
+    return Corpus(str(choice), f"{description}, {reason}", parts)
 
 
 def load_ptb():
-    texts = {}
+    """The parts of the Penn Treebank, which is downloaded once, into data/ptb/."""
+    parts = {}
     for part in PARTS:
         path = DATA / "ptb" / f"ptb.{part}.txt"
-        texts[part] = fetch([mirror + path.name for mirror in PTB_MIRRORS], path, PTB_SHA256[part])
-    return {part: path.read_text() for part, path in texts.items()}
+        urls = [mirror + path.name for mirror in PTB_MIRRORS]
+        fetch(urls, path, PTB_SHA256[part])
+
+        parts[part] = path.read_text("utf-8")
+    return parts
 
 
 def load_pydoc():
+    """The parts of Python's language reference, its topics in alphabetical order."""
     from pydoc_data.topics import topics
 
-    return split_text("\n\n".join(topics[name] for name in sorted(topics)).encode())
+    # Every version of Python has its own order.
+    text = "\n\n".join(topics[name] for name in sorted(topics))
+    return split_text(text.encode())
 
 
 def load_path(path):
+    """The parts of a user's text: a folder's train.txt, valid.txt and test.txt, or a
+    file that is cut into three.
+
+    Raises UserError if something is missing, empty or not UTF-8."""
     try:
-        if path.is_dir():
-            texts = {part: (path / f"{part}.txt").read_bytes().decode() for part in PARTS}
-        elif path.is_file() or not path.exists():
-            texts = split_text(path.read_bytes())
-        else:
-            raise UserError(f"--data {path} is no file and no folder")
-    except UnicodeDecodeError as error:
-        raise UserError(f"--data {path} is not UTF-8 text: {error.reason} at byte {error.start}")
+        parts = read_parts(path)
     except OSError as error:
-        hint = "" if not path.is_dir() else " (a folder needs train.txt, valid.txt and test.txt)"
-        raise UserError(f"--data {error.filename}: {error.strerror}{hint}")
+        raise UserError(f"--data {error.filename}: {error.strerror}") from error
+
     for part in PARTS:
-        if not texts[part]:
+        if not parts[part]:
             raise UserError(f"--data {path}: the {part} part is empty")
-    return texts
+    return parts
+
+
+def read_parts(path):
+    if path.is_dir():
+        return read_folder(path)
+
+    # A pipe or a device may never end.
+    if path.exists() and not path.is_file():
+        raise UserError(f"--data {path} is no file and no folder")
+
+    return split_text(read_utf8(path))
+
+
+def read_folder(path):
+    files = {part: path / f"{part}.txt" for part in PARTS}
+
+    for file in files.values():
+        if not file.exists():
+            needed = "a folder needs train.txt, valid.txt and test.txt"
+            raise UserError(f"--data {path} has no {file.name}: {needed}")
+
+    return {part: read_utf8(file).decode() for part, file in files.items()}
+
+
+def read_utf8(path):
+    """The bytes of a file of UTF-8 text."""
+    content = path.read_bytes()
+
+    # The whole is decoded, so that the position is that in the file.
+    try:
+        content.decode()
+    except UnicodeDecodeError as error:
+        place = f"{error.reason} at byte {error.start}"
+        raise UserError(f"--data {path} is not UTF-8 text: {place}") from error
+
+    return content
 
 
 def split_text(content):
-    """bytes -> its first 90, next 5 and last 5 percent as texts, cut between characters."""
-    cuts = [0, len(content) * 90 // 100, len(content) * 95 // 100, len(content)]
-    for i in (1, 2):
-        while content[cuts[i] : cuts[i] + 1] and content[cuts[i]] & 0xC0 == 0x80:
-            cuts[i] -= 1  # out of the middle of a UTF-8 character
-    return {part: content[a:b].decode() for part, a, b in zip(PARTS, cuts, cuts[1:])}
+    """Cuts UTF-8 bytes into the texts of the three parts: the first 90 percent, the
+    next 5 and the last 5, each up to the beginning of a character."""
+    first = character_start(content, len(content) * 90 // 100)
+    second = character_start(content, len(content) * 95 // 100)
+
+    return {
+        "train": content[:first].decode(),
+        "valid": content[first:second].decode(),
+        "test": content[second:].decode(),
+    }
+
+
+def character_start(content, position):
+    """Where the UTF-8 character that the byte at `position` belongs to begins."""
+    # All bytes of a character but the first one are 10xxxxxx.
+    while position > 0 and content[position] & 0b11000000 == 0b10000000:
+        position -= 1
+
+    return position
+
+
+# --------------------------------------------------------------------------------------
+# Downloads
+
+SECONDS_WITHOUT_AN_ANSWER = 10
 
 
 def fetch(urls, path, sha256):
-    """`path`, downloaded from the first of `urls` that has it, if it is not there yet. The SHA-256,
-    where one is known, is checked every time."""
-    problems = []
-    socket.setdefaulttimeout(10)  # seconds without an answer
-    for url in [] if path.exists() else urls:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            shown = sys.stderr.isatty()
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256, progress=shown)
-            break
-        except (OSError, RuntimeError) as error:  # no network, or another content than expected
-            problems.append(f"{url.split('/')[2]}: {getattr(error, 'reason', error)}")
+    """Downloads the file `path`, unless it is there, from the first of `urls` that has
+    it, and returns `path`. Its SHA-256, if that is not None, is checked every time.
+
+    Raises UserError if no URL has the file, or if the SHA-256 is another one."""
     if not path.exists():
-        raise UserError(f"{path.name} cannot be downloaded ({'; '.join(dict.fromkeys(problems))})")
+        download(urls, path, sha256)
+    if sha256 is None:
+        return path
+
+    # A file that was copied by hand or altered since is noticed too.
     with open(path, "rb") as file:
-        if sha256 not in (None, hashlib.file_digest(file, "sha256").hexdigest()):
-            raise UserError(
-                f"{path} does not match its SHA-256: delete it, and it is downloaded again"
-            )
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != sha256:
+        remedy = "delete it, and it is downloaded again"
+        raise UserError(f"{path} does not match its SHA-256: {remedy}")
+
     return path
 
 
-# Words and punctuation with the space before them; other white space.
+def download(urls, path, sha256):
+    """Tries each URL in turn. A file with another SHA-256 is not kept."""
+    show_progress = sys.stderr.isatty()
+    problems = []
+
+    for url in urls:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with socket_timeout(SECONDS_WITHOUT_AN_ANSWER):
+                torch.hub.download_url_to_file(url, str(path), sha256, show_progress)
+            return
+        except urllib.error.URLError as error:
+            problems.append(f"{urllib.parse.urlsplit(url).netloc}: {error.reason}")
+        except (OSError, RuntimeError) as error:  # RuntimeError: another SHA-256
+            problems.append(f"{urllib.parse.urlsplit(url).netloc}: {error}")
+
+    # Files of one host mostly fail for one reason, which is said once.
+    causes = "; ".join(dict.fromkeys(problems))
+    raise UserError(f"{path.name} cannot be downloaded ({causes})")
+
+
+@contextlib.contextmanager
+def socket_timeout(seconds):
+    """torch.hub takes no timeout, and would wait for ever."""
+    before = socket.getdefaulttimeout()
+
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+# --------------------------------------------------------------------------------------
+# Vocabularies
+
 VOCABULARY = DATA / "bpe2048.tiktoken"
+
+# A word or punctuation with the space before it; other white space.
 PATTERN = r" ?\w+| ?[^\w\s]+|\s+(?!\S)|\s"
 
 
 def load_tokenizer(name):
-    """A tiktoken.Encoding: "bpe2048", from data/, or "gpt2", which tiktoken downloads once. Both
-    are byte-level BPE, so every text round-trips. end_of_text: a token; bpe2048's is the byte 0."""
+    """Loads the tokenizer "bpe2048", which is here, or "gpt2", which tiktoken downloads
+    once. Both are byte-level BPE: every text comes back from its tokens as it was.
+
+    Returns a tiktoken.Encoding with one attribute more: end_of_text, a token.
+    Raises UserError if the vocabulary cannot be downloaded."""
     if name == "bpe2048":
-        lines = VOCABULARY.read_text().splitlines()
-        ranks = {base64.b64decode(token): int(rank) for token, rank in map(str.split, lines)}
-        kinds = {"pat_str": PATTERN, "mergeable_ranks": ranks, "special_tokens": {}}
-        tokenizer = tiktoken.Encoding(name, **kinds)
-        tokenizer.end_of_text = ranks[b"\0"]
-        return tokenizer
+        return load_small_tokenizer()
+
+    # tiktoken keeps what it downloads there, where a run without a network finds it.
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(DATA / "tiktoken"))
     try:
         tokenizer = tiktoken.get_encoding(name)
     except OSError as error:
-        cause = str(error).split("(Caused by")[0]
-        remedy = "go online once, or use --model tiny"
-        raise UserError(f"GPT-2's vocabulary cannot be downloaded ({cause}): {remedy}")
+        # In brackets behind it requests says the same with addresses in memory.
+        cause = str(error).partition("(Caused by")[0].strip()
+        message = f"GPT-2's vocabulary cannot be downloaded ({cause})"
+        raise UserError(f"{message}: go online once, or use --model tiny") from error
+
     tokenizer.end_of_text = tokenizer.eot_token
+    return tokenizer
+
+
+def load_small_tokenizer():
+    """The tokenizer bpe2048. The byte 0 is its end of text."""
+    # A line has a token in base64, and its rank.
+    ranks = {}
+    for line in VOCABULARY.read_text("ascii").splitlines():
+        token, rank = line.split()
+        ranks[base64.b64decode(token)] = int(rank)
+
+    tokenizer = tiktoken.Encoding(
+        "bpe2048", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={}
+    )
+    tokenizer.end_of_text = ranks[b"\0"]
     return tokenizer

@@ -1,7 +1,7 @@
-"""Makes data/bpe2048.tiktoken again, from the training parts of PTB and pydoc, in 15 seconds:
+"""Makes data/bpe2048.tiktoken again, from the training parts of the Penn Treebank and
+of pydoc, in 15 seconds:
 
-python -m data.evidence.vocabulary
-"""
+    python -m data.evidence.vocabulary"""
 
 import base64
 import collections
@@ -10,51 +10,68 @@ import sys
 
 import train_small
 from data import texts
-
-
-def learn_vocabulary(text, size):
-    """Byte-pair encoding (Sennrich et al., 2016): join the most frequent pair of neighbouring
-    tokens into a new one, until there are `size`. Returns the tokens, as bytes, in the order they
-    were made."""
-    counts = collections.Counter(word.encode() for word in re.findall(texts.PATTERN, text))
-    words = {
-        word: [bytes([byte]) for byte in word] for word in counts
-    }  # each as its present tokens
-    vocabulary = [bytes([byte]) for byte in range(256)]
-    pairs, users = collections.Counter(), collections.defaultdict(set)  # how often, in which words
-
-    def count(word, sign):
-        for pair in zip(words[word], words[word][1:]):
-            pairs[pair] += sign * counts[word]
-            users[pair].add(word)
-
-    for word in words:
-        count(word, +1)
-    while len(vocabulary) < size:
-        pair = max(
-            pairs, key=lambda p: (pairs[p], p)
-        )  # of equally frequent ones the last in byte order
-        vocabulary.append(pair[0] + pair[1])
-        for word in list(users[pair]):
-            count(word, -1)
-            old, new = words[word], []
-            while old:
-                n = 2 if tuple(old[:2]) == pair else 1
-                new.append(b"".join(old[:n]))
-                old = old[n:]
-            words[word] = new
-            count(word, +1)
-    return vocabulary
+from data.evidence.rows import words_parser
+from data.lib.files import write_text
 
 
 def main(argv):
-    train_small.parse(argv, takes=set(), description=__doc__.split("\n")[0])
+    words_parser("vocabulary", "Makes data/bpe2048.tiktoken again.").parse_args(argv)
     text = texts.load_ptb()["train"] + texts.load_pydoc()["train"]
-    lines = [
-        f"{base64.b64encode(token).decode()} {rank}\n"
-        for rank, token in enumerate(learn_vocabulary(text, 2048))
-    ]
-    train_small.write_text(texts.VOCABULARY, "".join(lines))
+    lines = []
+    for rank, token in enumerate(learn_vocabulary(text, 2048)):
+        lines.append(f"{base64.b64encode(token).decode()} {rank}\n")
+    write_text(texts.VOCABULARY, "".join(lines))
+
+
+def learn_vocabulary(text, size):
+    """Byte-pair encoding (Sennrich et al., 2016): join the most frequent pair of
+    neighbouring tokens into a new one, until there are `size`. Returns the tokens, as
+    bytes, in the order in which they were made."""
+    counts = collections.Counter(
+        word.encode() for word in re.findall(texts.PATTERN, text)
+    )
+    tokens_of = {word: [bytes([byte]) for byte in word] for word in counts}
+    vocabulary = [bytes([byte]) for byte in range(256)]
+
+    # How often each pair occurs, and in which words.
+    pairs = collections.Counter()
+    users = collections.defaultdict(set)
+
+    def count(word, sign):
+        tokens = tokens_of[word]
+        for pair in zip(tokens, tokens[1:]):
+            pairs[pair] += sign * counts[word]
+            users[pair].add(word)
+
+    for word in tokens_of:
+        count(word, +1)
+
+    while len(vocabulary) < size:
+        # Of equally frequent pairs the last one in byte order.
+        pair = max(pairs, key=lambda pair: (pairs[pair], pair))
+        vocabulary.append(pair[0] + pair[1])
+
+        for word in list(users[pair]):
+            count(word, -1)
+            tokens_of[word] = join(tokens_of[word], pair)
+            count(word, +1)
+
+    return vocabulary
+
+
+def join(tokens, pair):
+    """The tokens of a word, with each such pair joined, from left to right."""
+    joined = []
+    i = 0
+    while i < len(tokens):
+        if tuple(tokens[i : i + 2]) == pair:
+            joined.append(pair[0] + pair[1])
+            i += 2
+        else:
+            joined.append(tokens[i])
+            i += 1
+
+    return joined
 
 
 if __name__ == "__main__":

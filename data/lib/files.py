@@ -1,0 +1,188 @@
+"""Files that are there as a whole or not at all, and that notice any change.
+
+The SHA-256 of what torch.save wrote stands behind it. torch.load takes no notice of
+these 32 bytes, so tsld.load_model opens what save_packed wrote as well.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import zipfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import tsld
+from data.lib.errors import UserError, is_out_of_memory
+from data.lib.folder import check_folder
+
+DIGEST_BYTES = 32
+
+
+def write_checked(path, content):
+    """Writes what torch.save takes, and its checksum. Raises OSError, which names the
+    file, if that fails; what was there before is then still there."""
+    with replacing(path) as temporary:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+        append_checksum(temporary)
+
+
+def save_packed(path, model):
+    """tsld.save_model with a checksum. Raises ValueError as it does, and OSError as
+    write_checked does."""
+    with replacing(path) as temporary:
+        try:
+            tsld.save_model(temporary, model)
+        except RuntimeError as error:
+            # torch opens the file itself here, and does not pass on what failed.
+            if is_out_of_memory(error):
+                raise
+            reason = "the file cannot be written: is the disk full?"
+            raise OSError(errno.EIO, reason) from None
+
+        append_checksum(temporary)
+
+
+def append_checksum(path):
+    """Adds the SHA-256 of the file's content at its end, and waits for the disk."""
+    with open(path, "r+b") as file:
+        digest = hashlib.file_digest(file, "sha256").digest()
+
+        file.seek(0, os.SEEK_END)
+        file.write(digest)
+
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_text(path, text):
+    """Writes a text file. Raises OSError as write_checked does."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def replacing(path):
+    """Yields a temporary name, whose file takes the place of that at `path` at the end.
+    If something fails, the temporary file goes and the other one stays."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        # After a failed write torch.save fails once more as it closes its archive. It
+        # raises the RuntimeError of that; the OSError of the write is its context.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+
+        if cause.filename is None:
+            cause.filename = str(path)
+        raise cause from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def all_or_nothing(path):
+    """Yields an empty folder, whose files move to the folder at `path` at the end. If
+    something fails, none of them does, and a folder that is new goes. Raises UserError
+    if the folder cannot be written."""
+    is_new = not Path(path).exists()
+    folder = check_folder(path)
+
+    try:
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            yield Path(temporary)
+            for file in Path(temporary).iterdir():
+                os.replace(file, folder / file.name)
+    except BaseException as error:
+        if is_new:
+            shutil.rmtree(folder)
+
+        # transformers writes with safetensors, which has an error of its own for this.
+        if type(error).__name__ == "SafetensorError":
+            message = f"folder {folder} cannot be written: {error}"
+            raise UserError(message) from None
+        raise
+
+
+def read_checked(path):
+    """What write_checked wrote, on the CPU. Raises CheckpointError if the file is
+    truncated, altered, or foreign. Code in it is not run."""
+    verify_checksum(path)
+    return load_tensors(path)
+
+
+def load_tensors(path):
+    """What torch.save wrote, on the CPU. Raises CheckpointError if the file is damaged
+    or compressed, which torch.save does not do, or could run code, which is not run."""
+    with open(path, "rb") as file:
+        try:
+            if zipfile.is_zipfile(file):
+                entries = zipfile.ZipFile(file).infolist()
+                if any(entry.compress_type for entry in entries):
+                    raise ValueError("it is compressed")
+
+            file.seek(0)
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except Exception:  # of any type: foreign content can make torch raise them all
+            message = f"{path} is truncated, foreign, or holds more than plain values"
+            raise tsld.CheckpointError(message) from None
+
+
+def load_packed(path, into=None):
+    """tsld.load_model of what save_packed wrote. Raises CheckpointError as it does, and
+    if the file is truncated or altered."""
+    verify_checksum(path)
+    return tsld.load_model(path, into)
+
+
+def verify_checksum(path):
+    """Raises CheckpointError if the file does not end with the SHA-256 of the rest."""
+    if os.path.getsize(path) > DIGEST_BYTES:
+        content = np.memmap(path, mode="r")
+        digest = hashlib.sha256(content[:-DIGEST_BYTES]).digest()
+        if digest == content[-DIGEST_BYTES:].tobytes():
+            return
+
+    message = f"{path} is truncated, altered, or not a file of this program"
+    raise tsld.CheckpointError(message)
+
+
+@contextmanager
+def refusing(path, what=""):
+    """Makes a CheckpointError of any error inside: foreign content makes torch trip in
+    many ways. It reads: path, what, the error's type and words."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(f"{what} {type(error).__name__} {error}".split())
+        raise tsld.CheckpointError(f"{path} {reason:.300}") from None
+
+
+def read_json(path, missing):
+    """What a JSON file holds; `missing` where there is none. Raises UserError if it is
+    damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return missing
+    except ValueError as error:
+        message = f"{path} is damaged ({error}): delete it, or mend it"
+        raise UserError(message) from None
+
+
+def fingerprint(tensors):
+    """16 hexadecimal digits of the SHA-256 of the tensors' bytes, one after another."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        values = tensor.detach().cpu().reshape(-1)
+        digest.update(values.view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]

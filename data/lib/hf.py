@@ -1,0 +1,328 @@
+"""Models of transformers come in as modules that tsld.py takes, and their students go
+out in the format that they came from.
+
+transformers is imported only where one of its models is asked for. GPT-2's published
+format, which needs no transformers, stands in published.py and is offered here too.
+"""
+
+import copy
+import importlib.util
+import inspect
+import math
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import tsld
+from data.lib.errors import UserError
+from data.lib.published import dequantized_state, save_gpt2
+from data.lib.published import load_gpt2 as load_gpt2
+from data.lib.tokenizers import TransformersTokenizer, save_tokenizer
+from tsld import GPT
+
+# --------------------------------------------------------------------------------------
+# Linear layers that are no nn.Linear
+
+
+def linear_layers(model):
+    """Replaces transformers' own classes of linear layers, Conv1D and FalconLinear, by
+    nn.Linear, in place, and returns the model. tsld.quantize_model finds them then.
+
+    A Conv1D's weight, (in, out), becomes a transposed copy. All other parameters stay
+    the same ones, and a layer that is used twice stays one layer.
+    """
+    replaced = {}
+    for name, layer in [*model.named_modules(remove_duplicate=False)]:
+        if not is_conv1d(layer) and type(layer).__name__ != "FalconLinear":
+            continue
+
+        # The second name of a layer gets what the first one got.
+        if layer not in replaced:
+            replaced[layer] = as_linear(layer)
+        model.set_submodule(name, replaced[layer])
+
+    return model
+
+
+def is_conv1d(layer):
+    """Whether it is transformers' Conv1D: PyTorch's has no nx and nf, its two sizes."""
+    return type(layer).__name__ == "Conv1D" and {"nx", "nf"} <= vars(layer).keys()
+
+
+def as_linear(layer):
+    """The nn.Linear that computes what a Conv1D or a FalconLinear does."""
+    weight = layer.weight
+    if is_conv1d(layer):
+        transposed = weight.detach().t().clone(memory_format=torch.contiguous_format)
+        weight = nn.Parameter(transposed, weight.requires_grad)
+
+    out_features, in_features = weight.shape
+    with torch.device("meta"):  # allocates no parameters that are replaced below
+        linear = nn.Linear(in_features, out_features, layer.bias is not None)
+
+    linear.weight = weight
+    linear.bias = layer.bias
+    return linear.train(layer.training)
+
+
+# --------------------------------------------------------------------------------------
+# Models in
+
+
+@dataclass
+class CausalConfig:
+    """The shape of a model of transformers, in the words of GPTConfig.
+
+    A packed file holds it, and fills no model with another one: neither the class nor
+    the number of heads shows in the shapes of a model's tensors.
+    """
+
+    architecture: str  # transformers' name of the class
+    block_size: float  # longest sequence, in tokens; infinite where there is no limit
+    vocab_size: int  # tokens that have an embedding
+    n_layer: int
+    n_head: int  # 0 in a model without attention
+    n_embd: int
+
+
+class CausalModel(nn.Module):
+    """A causal language model of transformers that behaves as our GPT: model(ids) gives
+    logits (B, T, V), model(ids, trace=True) a Trace, for ids, int64 (B, T).
+
+    Parameters have transformers' names with "inner." before them, in state dicts and in
+    packed files too. All linear layers are nn.Linear: what was a Conv1D has its weight
+    transposed, until `unpacked` turns it back. No setting of the model is changed.
+    """
+
+    def __init__(self, inner):
+        """inner: the model of transformers, which becomes a part of this one."""
+        super().__init__()
+        self.inner = linear_layers(inner)
+
+        config = inner.config.get_text_config()
+        self.config = CausalConfig(
+            architecture=type(inner).__name__,
+            block_size=getattr(config, "max_position_embeddings", None) or math.inf,
+            vocab_size=len(inner.get_input_embeddings().weight),
+            n_layer=getattr(config, "num_hidden_layers", 0),
+            n_head=getattr(config, "num_attention_heads", 0),
+            n_embd=getattr(config, "hidden_size", 0),
+        )
+
+        # The cache of keys and values has two names in the versions of transformers.
+        # Without being told not to, a model makes one in training too.
+        arguments = inspect.signature(inner.forward).parameters
+        names = [name for name in ("cache", "past_key_values") if name in arguments]
+        self.cache_name = names[0] if names else None
+        self.without_cache = {"use_cache": False} if "use_cache" in arguments else {}
+
+    @property
+    def lm_head(self):
+        """The layer that makes the logits."""
+        return self.inner.get_output_embeddings()
+
+    def forward(self, ids, trace=False):
+        """The hidden states of a Trace are n_layer + 1 of (B, T, C), the last one after
+        the final norm. Its attention_scores, (B, H, T, T), are the probabilities that
+        transformers gives, and not scores before the softmax. Raises ValueError if the
+        model gives no attentions."""
+        if not trace:
+            return self.inner(ids, **self.without_cache).logits
+
+        output = self.traced(ids)
+        attentions = attentions_of(output)
+        if not attentions:
+            raise ValueError(
+                f"L2L compares attentions, and this {self.config.architecture} gives "
+                "none: load_model(..., attentions=True) loads a model with them"
+            )
+
+        return tsld.Trace(output.logits, [*output.hidden_states], attentions)
+
+    def traced(self, ids):
+        """transformers' output with all hidden states and attentions."""
+        return self.inner(
+            ids,
+            output_hidden_states=True,
+            output_attentions=True,
+            **self.without_cache,
+        )
+
+    @torch.no_grad()
+    def stream(self, ids, max_new_tokens, temperature=1.0, top_k=None):
+        """Yields new columns of tokens as GPT.stream does. It does not stop at an end
+        of the text. Raises ValueError as GPT.stream does."""
+        T = ids.shape[1]
+        block_size = self.config.block_size
+        if T == 0 or max_new_tokens < 0 or T + max_new_tokens > block_size:
+            sizes = f"a prompt of {T} tokens and {max_new_tokens} new ones"
+            raise ValueError(f"{sizes} are not 1 to {block_size} tokens")
+
+        was_training = self.training
+        self.eval()
+        try:
+            cache = None
+            for _ in range(max_new_tokens):
+                logits, cache = self.read(ids, cache)
+                new = tsld.sample(logits[:, -1].float(), temperature, top_k)
+                yield new
+
+                # A model without a cache reads all of it again.
+                ids = torch.cat([ids, new], dim=1) if cache is None else new
+        finally:
+            self.train(was_training)
+
+    def read(self, ids, cache):
+        """The logits (B, T, V) of tokens that follow those in the cache, and the cache
+        with them; None for a model that has none."""
+        if self.cache_name is None:
+            return self(ids), None
+
+        output = self.inner(ids, use_cache=True, **{self.cache_name: cache})
+        return output.logits, getattr(output, self.cache_name)
+
+    def generate(self, ids, max_new_tokens, temperature=1.0, top_k=None):
+        """Continues each row of ids as GPT.generate does: (B, T + max_new_tokens)."""
+        new = self.stream(ids, max_new_tokens, temperature, top_k)
+        return torch.cat([ids, *new], dim=1)
+
+
+class LinearHeadModel(CausalModel):
+    """One whose logits are hidden states times the weight of lm_head, and nothing more.
+    Its loss can be taken without the (B, T, V) logits."""
+
+    def hidden(self, ids):
+        """ids (B, T) -> (B, T, C), after the last norm: logits = hidden @ head.T."""
+        return self.inner.base_model(ids, **self.without_cache)[0]
+
+
+def adapted(inner):
+    """A model of transformers as a CausalModel, in eval mode, of which it becomes a
+    part; a LinearHeadModel where it can be one."""
+    model = LinearHeadModel(inner).eval()
+    if logits_are_hidden_times_head(model):
+        return model
+
+    return CausalModel(inner).eval()
+
+
+@torch.no_grad()
+def logits_are_hidden_times_head(model):
+    """Whether they are for a few random tokens, and there is no bias to be trained."""
+    head = model.lm_head
+    if getattr(head, "weight", None) is None or head.bias is not None:
+        return False
+
+    ids = random_ids(model)
+    hidden = model.hidden(ids)
+    if hidden.shape[-1] != head.weight.shape[1]:
+        return False
+
+    logits = hidden @ head.weight.t()
+    return torch.allclose(model(ids), logits, rtol=1e-5, atol=1e-5)
+
+
+def random_ids(model):
+    """Up to 8 tokens, always the same, int64 (1, T)."""
+    length = min(8, model.config.block_size)
+    rng = torch.Generator().manual_seed(0)
+    return torch.randint(model.config.vocab_size, (1, length), generator=rng)
+
+
+def attentions_of(output):
+    """The attentions in an output of transformers, (B, H, T, T) each. It has an empty
+    place for each layer where they are not written down."""
+    attentions = getattr(output, "attentions", None) or ()
+    return [attention for attention in attentions if attention is not None]
+
+
+def load_model(name_or_folder, attentions=False):
+    """Any causal language model of transformers, as a CausalModel in float32 and eval
+    mode, and its TransformersTokenizer.
+
+    name_or_folder: owner/name is downloaded once. attentions: L2L compares them, and
+    the faster implementations do not write them down. Raises UserError if transformers
+    is not installed, what is asked for cannot be loaded, or it has no attentions.
+    """
+    name = str(name_or_folder)
+    if not importlib.util.find_spec("transformers"):
+        message = f"{name} takes the package transformers, which is not installed"
+        raise UserError(message)
+
+    # Its warnings and progress bars would stand among the lines of a run.
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+    # Without a network a model that was downloaded before still loads.
+    is_folder = Path(name).is_dir()
+    is_local = is_folder or not can_reach("huggingface.co")
+    options = {"local_files_only": is_local, "dtype": torch.float32}
+    if attentions:
+        options["attn_implementation"] = "eager"
+
+    try:
+        load_tokenizer = transformers.AutoTokenizer.from_pretrained
+        tokenizer = load_tokenizer(name, local_files_only=is_local)
+        inner = transformers.AutoModelForCausalLM.from_pretrained(name, **options)
+        model = adapted(inner)
+        output = model.traced(random_ids(model)) if attentions else None
+    except Exception as error:  # of any type: a folder can make it trip over anything
+        state = " (offline)" if is_local and not is_folder else ""
+        reason = str(error).strip() or type(error).__name__
+        raise UserError(f"{name}{state}: {reason.splitlines()[0]}") from None
+
+    if attentions and not attentions_of(output):
+        raise UserError(f"{name}: L2L compares attentions, and this model has none")
+    return model, TransformersTokenizer(name, tokenizer, model.config.vocab_size)
+
+
+def can_reach(host):
+    """Whether there is a network: transformers would try for a minute to find out. A
+    proxy or a mirror is left to it."""
+    settings = ("https_proxy", "HTTPS_PROXY", "HF_ENDPOINT")
+    if any(os.environ.get(name) for name in settings):
+        return True
+
+    try:
+        socket.create_connection((host, 443), timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
+# --------------------------------------------------------------------------------------
+# Students out
+
+
+def export(student, tokenizer, folder, dtype=torch.float32):
+    """Writes a student and its tokenizer into a folder, as transformers opens them: a
+    GPT in GPT-2's published format, a CausalModel in the format that it came from."""
+    if isinstance(student, GPT):
+        save_gpt2(student, folder, dtype)
+    else:
+        unpacked(student).to(dtype).save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
+
+
+def unpacked(student):
+    """A new model of transformers, in eval mode, of the class and with the settings of
+    the one in a CausalModel. Its weights are the numbers that the quantized or packed
+    ones stand for, at most three different ones in a ternary matrix."""
+    inner = student.inner
+    model = type(inner)(copy.deepcopy(inner.config))
+    model.generation_config = copy.deepcopy(inner.generation_config)
+
+    # The fresh model has its Conv1D layers again, whose weights are (in, out).
+    state = dequantized_state(inner)
+    for name, layer in model.named_modules(remove_duplicate=False):
+        if is_conv1d(layer):
+            state[f"{name}.weight"] = state[f"{name}.weight"].t()
+
+    model.load_state_dict(state)
+    return model.eval()

@@ -1,0 +1,164 @@
+"""GPT-2's published format: its weights are downloaded, read and written.
+
+Names are our GPT's, with the prefix "transformer." or without. The matrices of blocks
+are stored as (in, out).
+"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from data.lib.errors import UserError
+from data.lib.files import load_tensors
+from data.texts import DATA, fetch
+from tsld import GPT, CheckpointError, GPTConfig
+
+# The SHA-256 of pytorch_model.bin, where it is known.
+PUBLISHED = {
+    "gpt2": "7c5d3f4b8b76583b422fcb9189ad6c89d5d97a094541ce8932dce3ecabde1421",
+    "gpt2-medium": None,
+    "gpt2-large": None,
+    "gpt2-xl": None,
+}
+
+
+def load_published(name, model):
+    """Fills a GPT with the published weights of that name in PUBLISHED, which are
+    downloaded once. The model may have fewer positions.
+
+    Raises UserError if the weights are not to be had or their SHA-256 is another, and
+    CheckpointError if the model has another shape.
+    """
+    path = DATA / "weights" / f"{name}.bin"
+    url = (
+        f"https://huggingface.co/openai-community/{name}/resolve/main/pytorch_model.bin"
+    )
+    try:
+        fetch([url], path, PUBLISHED[name])
+    except UserError as error:
+        message = f"{error}: go online once, or use --init scratch"
+        raise UserError(message) from None
+
+    weights = load_gpt2(path).state_dict()
+    weights["wpe.weight"] = weights["wpe.weight"][: model.config.block_size]
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError:
+        raise CheckpointError(f"{path} is another model than {name}") from None
+
+
+def load_gpt2(path):
+    """Reads a GPT, float32 and in eval mode.
+
+    path: a pytorch_model.bin, or a folder with one. A config.json beside it tells the
+    number of heads, and nothing else; without it a head is 64 wide, as in the published
+    sizes. Raises CheckpointError if the file is damaged, holds another model, or could
+    run code, which it then does not.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "pytorch_model.bin"
+
+    config_path = path.with_name("config.json")
+    content = load_tensors(path)
+
+    try:
+        tensors = from_published(content)
+        config = published_config(tensors, config_path)
+        with torch.device("meta"):
+            model = GPT(config)
+        model.load_state_dict(tensors, assign=True)
+    except Exception as error:  # of any type: other content can make it trip anywhere
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        message = f"{path} (n_head from {config_path}) is no GPT-2: {reason:.200}"
+        raise CheckpointError(message) from None
+
+    model.lm_head.weight = model.wte.weight
+    return model.eval()
+
+
+def from_published(content):
+    """Name to tensor of a GPT, from what a published file holds."""
+    tensors = {}
+    for name, tensor in content.items():
+        name = name.removeprefix("transformer.")
+        is_mask = name.endswith((".attn.bias", ".attn.masked_bias"))  # in old files
+        if not is_mask:
+            tensors[name] = flipped(name, tensor)
+
+    # The head is tied; one of the two layouts holds it all the same.
+    embedding = tensors["wte.weight"]
+    head = tensors.setdefault("lm_head.weight", embedding)
+    if not torch.equal(head, embedding):
+        raise ValueError("lm_head.weight is not wte.weight")
+
+    return tensors
+
+
+def published_config(tensors, config_path):
+    """The GPTConfig that shapes and names show, but for the number of heads."""
+    vocab_size, n_embd = tensors["wte.weight"].shape
+    block_size = len(tensors["wpe.weight"])
+
+    # A block has 12 tensors: a file of small ones cannot ask for more blocks than that.
+    n_norms = sum(".ln_1.weight" in name for name in tensors)
+    n_layer = min(n_norms, len(tensors) // 12)
+
+    n_head = n_embd // 64
+    if config_path.exists():
+        n_head = json.loads(config_path.read_bytes())["n_head"]
+
+    return GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd)
+
+
+def flipped(name, tensor):
+    """The tensor in float32, the matrices of blocks transposed."""
+    if name.startswith("h."):
+        tensor = tensor.t()  # which leaves a bias as it is
+    return tensor.float().contiguous()
+
+
+def save_gpt2(model, folder, dtype=torch.float32):
+    """Writes a GPT as load_gpt2 and transformers read it: pytorch_model.bin and
+    config.json in `folder`. Quantized and packed weights are written as the numbers
+    that they stand for, at most three different ones in a ternary matrix.
+    """
+    tensors = {}
+    for name, tensor in dequantized_state(model).items():
+        prefix = "" if name.startswith("lm_head.") else "transformer."
+        tensors[prefix + name] = flipped(name, tensor).to("cpu", dtype)
+
+    # In transformers' words.
+    config = asdict(model.config)
+    dropout = config.pop("dropout")
+    config["n_positions"] = config.pop("block_size")
+    config["model_type"] = "gpt2"
+    config["architectures"] = ["GPT2LMHeadModel"]
+    for part in ("attn", "embd", "resid"):
+        config[f"{part}_pdrop"] = dropout
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(tensors, folder / "pytorch_model.bin")
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+@torch.no_grad()
+def dequantized_state(model):
+    """The state dict that the model would have if every quantized or packed layer was
+    an nn.Linear with the weight that it computes with."""
+    state = model.state_dict()
+
+    for name, layer in model.named_modules(remove_duplicate=False):
+        if not hasattr(layer, "dequantized"):
+            continue
+
+        for part in layer.state_dict():
+            del state[f"{name}.{part}"]
+        state[f"{name}.weight"] = layer.dequantized()
+        if layer.bias is not None:
+            state[f"{name}.bias"] = layer.bias.detach()
+
+    return state

@@ -1,0 +1,70 @@
+"""What a model scores on a text or on the examples of a task, and what it weighs."""
+
+import math
+import sys
+
+import torch
+
+import tsld
+from data import tasks
+from data.lib.files import save_packed
+from data.lib.processes import first_process_first, processes
+from data.lib.progress import show_progress
+from tsld import QuantLinear
+
+
+def score_text(model, tokenizer, ids, block_size):
+    """{"ppl": perplexity per token, "bpb": bits per byte} of a text. ids: int64 (n,).
+    Raises TrainingDiverged if the perplexity is not finite."""
+    nats = tsld.evaluate(model, ids, block_size)
+    return units(nats, ids[1:].tolist(), tokenizer)
+
+
+def score_task(model, tokenizer, examples, block_size):
+    """The same of a task's right answers, together with its accuracies."""
+    total, predicted, n_cut, accuracies = tasks.evaluate_task(
+        model, tokenizer, examples, block_size, show_progress
+    )
+    cut = f", {n_cut} of them cut to a block of {block_size}" if n_cut else ""
+    show_progress(f"scored {len(examples)} examples{cut}", last=True)
+    return units(total / len(predicted), predicted, tokenizer) | accuracies
+
+
+def perplexity(nats):
+    """exp(nats), infinite where it is too large for a float."""
+    return torch.tensor(nats).exp().item()
+
+
+def units(nats, predicted, tokenizer):
+    """nats: the mean over the predicted tokens, a list of ids."""
+    if not nats < math.log(sys.float_info.max):
+        raise tsld.TrainingDiverged(f"the text costs {nats} nats per token")
+
+    size = len(tokenizer.decode_bytes(predicted))
+    bpb = tsld.bits_per_byte(nats, len(predicted), size)
+    return {"ppl": math.exp(nats), "bpb": bpb}
+
+
+def count_parameters(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_ternary(model):
+    layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
+    return sum(layer.weight.numel() for layer in layers)
+
+
+def pack(model, path):
+    """Packs a 2-bit model in place and saves it. Returns the bytes of the file and of
+    the ternary weights in it; None for 4 bits, which have no packed form."""
+    if any(isinstance(m, QuantLinear) and m.bits != 2 for m in model.modules()):
+        path.unlink(missing_ok=True)  # of an earlier run
+        return {"bytes_packed": None, "linear_bytes_packed": None}
+
+    tsld.pack_model(model)
+    with first_process_first():
+        if processes()[0] == 0:
+            save_packed(path, model)
+    layers = [m for m in model.modules() if isinstance(m, tsld.PackedLinear)]
+    ternary = sum(layer.packed.numel() for layer in layers)
+    return {"bytes_packed": path.stat().st_size, "linear_bytes_packed": ternary}

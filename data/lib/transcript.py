@@ -1,0 +1,186 @@
+"""What a run prints beside its progress: its settings, the table and what follows from
+it, the weights of tokens, samples of text, and the next command."""
+
+import shlex
+import textwrap
+from pathlib import Path
+
+import torch
+
+import tsld
+from data.lib.devices import default_dtype
+
+WIDTH = 88
+NAMES = {"ppl": "perplexity", "bpb": "bits/byte", "valid": "validation"}
+SAMPLING = {"temperature": 0.8, "top_k": 200}
+
+
+def takes_weight(loss):
+    """Whether the ground truth can be added to a loss with a weight."""
+    return loss in ("logit", "tsld")
+
+
+def describe(config):
+    """A student's name in print, from its TrainConfig."""
+    name = config.loss
+    if config.loss == "tsld":
+        name += f" (τ = {config.temperature:g})"
+    if takes_weight(config.loss) and config.gt_weight:
+        name += f" + {config.gt_weight:g} gt"
+    return name
+
+
+def print_setup(model, ternary, student, device):
+    """What is about to be trained. ternary: how many of the model's weights are in
+    matrices that are rounded. student: a TrainConfig."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    shape = f"{model.config.n_layer} layers x {model.config.n_embd}"
+    share = f"{ternary / total:.0%} of them in matrices that are rounded"
+    print(f"model: {total:,} parameters, {shape}, {share}")
+
+    tokens = f"{student.batch_size * student.block_size:,} tokens a step"
+    where = f"{student.dtype} on {device}, {torch.get_num_threads()} threads"
+    print(f"student: {describe(student)}, rate {student.lr:g}, {tokens}; {where}")
+
+    if student.dtype == "bfloat16" and default_dtype(device) == "float32":
+        print(f"dtype: bfloat16 is slow on this {device.type}, up to 20 times")
+
+
+def print_table(rows):
+    """rows: (name, scores, bytes or None). The first is the teacher, the second the
+    rounded teacher, all others are students. scores: part -> unit -> number."""
+    scores_of_teacher = rows[0][1]
+    above = below = " " * 26
+    for part, units in scores_of_teacher.items():
+        above += f"{NAMES.get(part, part):>{12 * len(units)}}"
+        below += "".join(f"{NAMES.get(unit, unit):>12}" for unit in units)
+    print(f"\n{above}\n{below}{'won back':>10}{'bytes':>13}")
+
+    part = next(iter(scores_of_teacher))
+    teacher, rounded = (scores[part]["bpb"] for _, scores, _ in rows[:2])
+    for number, (name, scores, size) in enumerate(rows):
+        line = f"{name:26}"
+        for units in scores.values():
+            line += "".join(cell(unit, value) for unit, value in units.items())
+
+        won = ""
+        if number > 1 and rounded > teacher:
+            won = f"{(rounded - scores[part]['bpb']) / (rounded - teacher):.0%}"
+        bytes = "not packed" if size is None else f"{size:,}"
+        print(f"{line}{won:>10}{bytes:>13}")
+
+
+def cell(unit, value):
+    """A number, 12 characters wide whatever it is."""
+    if unit == "ppl":
+        return f"{value:12,.2f}" if value < 1e6 else f"{value:12.3g}"
+    return f"{value:12.4f}"
+
+
+def print_lessons(results, sizes):
+    """What follows from the table. results: rows of results.json. sizes: bytes."""
+    lines = []
+    if sizes["linear_bytes_packed"]:
+        matrices = sizes["linear_bytes_packed"]
+        ratio = sizes["linear_bytes_fp32"] / matrices
+        rest = sizes["bytes_packed"] - matrices
+        lines.append(
+            f"The ternary matrices take {matrices:,} bytes, {ratio:.0f} times less "
+            f"than in FP32. The other {rest:,} are mostly the embedding, in float16."
+        )
+    if len(results) == 1:
+        lines += lesson_of_labels(results[0])
+    lines += lessons_of_pairs(results)
+
+    print()
+    for line in lines:
+        print(textwrap.fill(line, WIDTH))
+
+
+def lesson_of_labels(row):
+    """Why a student can be better than its teacher, if it is."""
+    sees_labels = row["loss"] in ("gt", "logit_gt") or row["gt_weight"]
+    if not sees_labels or row["student_ppl"] >= row["teacher_ppl"]:
+        return []
+    return [
+        "This student is better than its teacher. It sees labels as well, and goes on "
+        "learning its text from where the teacher stopped."
+    ]
+
+
+def lessons_of_pairs(results):
+    """The token scale, judged by students that see the same labels."""
+    perplexity = {(r["loss"], r["gt_weight"]): r["student_ppl"] for r in results}
+    lines = []
+    for (loss, weight), value in perplexity.items():
+        if loss == "tsld" and ("logit", weight) in perplexity:
+            change = value / perplexity["logit", weight] - 1
+            labels = f"{weight:g} gt" if weight else "no labels"
+            lines.append(
+                f"Token scale, with {labels}: {change:+.1%} perplexity against logit, "
+                "one seed each. Two seeds of one loss differ by about 1 %."
+            )
+    return lines
+
+
+@torch.no_grad()
+def print_token_weights(teacher, ids, temperature, decode, shown=16):
+    """How much the tokens of a text count in TSLD. ids: int64 (T + 1,), on the device
+    of the teacher. decode: a list of ids -> text."""
+    logits = teacher(ids[None, :-1])  # (1, T, V)
+    targets = ids[None, 1:]
+    ce_teacher = tsld.per_token_terms(logits, logits, targets).ce_teacher
+    weights = tsld.token_scale(ce_teacher, temperature)[0] * targets.shape[1]
+
+    words = []
+    for i, weight in zip(targets[0, :shown].tolist(), weights.tolist(), strict=False):
+        words.append(f"{decode([i])!r} {weight:.2f}")
+    title = f"How much TSLD (τ = {temperature:g}) lets each token count, on average 1:"
+    print("\n" + textwrap.fill(f"{title} {', '.join(words)}", WIDTH))
+
+
+def print_samples(models, prompt, length, decode, seed):
+    """What each model makes of a prompt. models: name -> model. prompt: int64 (T,), on
+    their device."""
+    text = " ".join(decode(prompt.tolist()).split())
+    print(f"\nThe validation text begins: {text}")
+    for name, model in models.items():
+        torch.manual_seed(seed)
+        ids = model.generate(prompt[None], length, **SAMPLING)[0, len(prompt) :]
+        text = " ".join(decode(ids.tolist()).split())
+        print(textwrap.fill(f"{name} goes on: {text}", WIDTH))
+
+
+def print_texts(setup, models):
+    """How the validation text's first tokens count, and what each model makes of them.
+    setup: the run's. models: name -> model, the first one the teacher."""
+    block_size = setup.student.block_size
+    ids = setup.tokens["valid"][: block_size + 1].to(setup.device)
+    decode = setup.source.tokenizer.decode
+    models = {name: model.to(setup.device) for name, model in models.items()}
+    if "tsld" in setup.students and setup.examples is None:
+        temperature = setup.students["tsld"].temperature
+        teacher = next(iter(models.values()))
+        print_token_weights(teacher, ids, temperature, decode)
+
+    prompt = ids[: min(16, block_size // 2)]
+    length = min(48, block_size - len(prompt))
+    print_samples(models, prompt, length, decode, setup.args.seed)
+
+
+def print_next_command(program, file, setup):
+    """How to make more text, from where the user stands. The prompt is the validation
+    text's first four words, or as many as half a block has room for."""
+    tokenizer, block_size = setup.source.tokenizer, setup.student.block_size
+    words = tokenizer.decode(setup.tokens["valid"][:12].tolist()).split()[:4]
+    while len(tokenizer.encode_ordinary(" ".join(words))) > block_size // 2:
+        words.pop()
+
+    program = Path(program)
+    if program.is_relative_to(Path.cwd()):
+        program = program.relative_to(Path.cwd())
+
+    command = ["python", str(program), "--generate", str(file)]
+    if words:
+        command += ["--prompt", " ".join(words)]
+    print(f"more text: {shlex.join(command)}")

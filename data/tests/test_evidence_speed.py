@@ -1,0 +1,281 @@
+"""The evidence's benchmarks: what they time, memory on paper, llama.cpp's format."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import tsld
+from data.evidence.speed import bench, decoding, gpu, llama, memory, timing, training
+from data.lib import hf
+from data.lib.files import save_packed
+from data.tests.helpers import (
+    MICRO,
+    ROOT,
+    has_loopback,
+    micro_gpt,
+    refused,
+    run,
+    run_together,
+)
+from tsld import GPT, GPTConfig
+
+needs_memory = pytest.mark.skipif(
+    not timing.peak_memory(),
+    reason="this system does not say how much memory a process had",
+)
+
+# --------------------------------------------------------------------------------------
+# Benchmarks
+
+
+def test_ratios_are_against_the_row_named_first(capsys):
+    timing.print_ratios("speed", "µs", {"base": 300.0, "fast": 100.0})
+    timing.print_ratios("rate", "tokens/s", {"base": 20.0, "fast": 50.0}, True)
+    printed = capsys.readouterr().out.splitlines()
+    lines = [line.split() for line in printed if line.strip()]
+
+    assert lines[1:3] == [["base", "300.0", "1.00"], ["fast", "100.0", "3.00"]]
+    assert lines[4:] == [["base", "20.0", "1.00"], ["fast", "50.0", "2.50"]]
+
+
+@pytest.mark.parametrize("name", [*training.PLAIN, *tsld.LOSSES])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_benchmarked_step_trains_the_right_model(name, dtype):
+    steps = training.TrainingSteps((1, 8, 2, 17, 3, 4))
+    before = copy.deepcopy(steps.model.state_dict())
+    student_before = copy.deepcopy(steps.student.state_dict())
+    steps.take(name, dtype)
+    is_plain = name in training.PLAIN
+
+    assert has_changed(steps.model, before) == is_plain
+    assert has_changed(steps.student, student_before) != is_plain
+
+
+def has_changed(model, before):
+    return any(
+        not torch.equal(t, before[name]) for name, t in model.state_dict().items()
+    )
+
+
+def test_both_plain_steps_are_the_same_step():
+    one, two = (training.TrainingSteps((1, 8, 2, 17, 3, 4)) for _ in range(2))
+    one.take("plain", "float32")
+    two.take("plain, this program", "float32")
+    for name, tensor in one.model.state_dict().items():
+        torch.testing.assert_close(tensor, two.model.state_dict()[name])
+
+
+def test_decoding_is_timed_between_the_first_token_and_the_last(monkeypatch):
+    monkeypatch.setattr(decoding, "LENGTH", 5)
+    ticks = iter([10.0, 11.0, 12.0, 13.0, 18.0])
+    monkeypatch.setattr(decoding.time, "perf_counter", lambda: next(ticks))
+    prompt = torch.zeros(1, 2, dtype=torch.long)
+
+    assert decoding.rate_of(micro_gpt(), prompt) == 4 / 8.0
+
+
+def test_each_product_goes_through_all_its_copies():
+    seen = []
+
+    class Layer(torch.nn.Module):
+        def forward(self, x):
+            seen.append(id(self))
+
+    function = decoding.in_turn(Layer(), torch.zeros(1), 3)
+    for _ in range(6):
+        function()
+
+    assert len(set(seen)) == 3
+    assert seen[:3] == seen[3:]
+
+
+def test_a_dry_run_on_a_cpu_fills_every_row_but_decodings(
+    tiny, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(gpu, "DRY_SHAPES", {"minute": GPTConfig(512, 17, 1, 1, 4)})
+    monkeypatch.setattr(gpu, "STUDENTS", gpu.STUDENTS[3:])
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: None)  # it is slow
+    monkeypatch.setattr(decoding, "bench", lambda device: print("decoding is timed"))
+    flags = ["--model", "tiny", "--steps", "1", *tiny]
+    out = run(flags, capsys, gpu.main)
+
+    assert "decoding is timed" in out
+
+    found = json.loads((tmp_path / "out" / "gpu.json").read_text())
+    parts = [row["part"] for row in found]
+
+    assert len(parts) == len(set(parts)) == 5 + 1 + 1 + 2
+    assert {row["device"] for row in found} == {"cpu"}
+    assert all(row["tokens_per_second"] > 0 for row in found[:6])
+    assert found[-1]["part"] == "student l2l 0.0"
+    assert found[-1]["student_test_ppl"] > 1
+    assert "of 9: " not in run(flags, capsys, gpu.main)
+
+
+# --------------------------------------------------------------------------------------
+# Memory on paper
+
+# Two sizes: their difference is free of what torch itself takes.
+SIZES = ((2, 4), (12, 16))  # layers, sequences
+
+
+def difference_on_paper(width, vocabulary, sizes=SIZES, gpus=1):
+    """Bytes of training between two sizes, in float32, 128 tokens a sequence."""
+    bytes_of = []
+    for layers, batch in sizes:
+        shape = memory.Shape(layers, width, 4 * width, vocabulary, 128)
+        on_paper = memory.memory_on_paper(shape, batch, 128, "float32", gpus)
+        bytes_of.append(on_paper["training"])
+
+    return bytes_of[1] - bytes_of[0]
+
+
+def test_memory_on_paper_counts_the_published_models_parameters():
+    published = [124_439_808, 354_823_168, 774_030_080, 1_557_611_200]  # GPT-2
+    published += [125_239_296, 1_315_758_080, 2_651_596_800, 6_658_473_984]  # OPT
+    published += [1_315_575_808, 6_738_415_616]  # GPT-Neo, LLaMA
+    counts = [sum(shape.parameters()) for shape in memory.SHAPES.values()]
+
+    assert counts == published
+
+
+def test_memory_on_paper_is_that_of_a_real_file(tmp_path):
+    model = GPT(GPTConfig(128, 4096, n_layer=4, n_head=4, n_embd=256))
+    on_paper = memory.memory_on_paper(memory.Shape(4, 256, 1024, 4096, 128))
+
+    assert on_paper["FP32"] == 4 * sum(p.numel() for p in model.parameters())
+
+    path = tmp_path / "model.packed"
+    save_packed(path, tsld.pack_model(tsld.quantize_model(model)))
+
+    assert os.path.getsize(path) == pytest.approx(on_paper["packed"], rel=0.02)
+
+
+@needs_memory
+def test_memory_on_paper_is_that_of_a_measured_step():
+    sizes = ((2, 2), (6, 16))
+    code = "import torch\nfrom data.evidence.speed import training\n"
+    code += "torch.set_num_threads(1)\n"
+
+    for layers, batch in sizes:
+        shape = (layers, 128, 4, 2048, batch, 128)
+        code += f"training.step_memory({shape}, ('tsld', 'float32'))\n"
+
+    printed = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT)
+    small, large = map(int, printed.split())
+    on_paper = difference_on_paper(128, 2048, sizes)
+
+    assert large - small == pytest.approx(on_paper, rel=0.2)
+
+
+TRAINING_OF_TWO = f"""
+import torch, tsld
+from data.evidence.speed.timing import peak_memory
+from data.lib import lean, processes
+
+torch.set_num_threads(1)
+torch.distributed.init_process_group("gloo")
+forward_backward = processes.shared(lean.forward_backward)
+device = torch.device("cpu")
+text = torch.arange(10_000) % 2048
+for layers, batch in {SIZES}:
+    teacher = tsld.GPT(tsld.GPTConfig(128, 2048, layers, 4, 128))
+    student = tsld.quantize_model(tsld.GPT(teacher.config))
+    student = processes.spread(student, device)
+    teacher = processes.spread(teacher, device)
+    config = tsld.TrainConfig(steps=2, batch_size=batch, block_size=128)
+    for _ in tsld.train(
+        student, text, config, teacher, forward_backward=forward_backward
+    ):
+        pass
+    if torch.distributed.get_rank() == 0:
+        print(peak_memory())
+    del teacher, student
+"""
+
+
+@needs_memory
+@pytest.mark.skipif(not has_loopback(), reason="no loopback network")
+def test_memory_on_paper_of_two_gpus_is_that_of_two_processes(tmp_path):
+    program = tmp_path / "memory.py"
+    program.write_text(TRAINING_OF_TWO)
+
+    # Without it glibc keeps much of what is freed, in pieces too small to use again.
+    together = run_together(program, MALLOC_MMAP_THRESHOLD_="65536")
+    small, large = map(int, together.stdout.split())
+    on_paper = difference_on_paper(128, 2048, gpus=2)
+
+    assert large - small == pytest.approx(on_paper, rel=0.15)
+
+
+def test_the_table_of_memory_says_how_many_gpus_a_model_takes():
+    table = memory.table()
+    line = {name: cells for name, *cells in table.lines}
+
+    assert table.columns[-1] == "GPUs of 80 GB"
+    assert line["GPT-2 1.5B"][-1] == 1
+    assert line["LLaMA 7B"][-1] == 2
+
+    for name, cells in line.items():
+        sizes = [float(cell) for cell in cells[3:-1]]
+        assert sizes == sorted(sizes, reverse=True), name
+
+
+def test_the_command_prints_the_table_of_memory(capsys):
+    out = run(["memory"], capsys, bench.main)
+    assert "| LLaMA 7B | 26.95 | 13.48 | 2.14 | 121.29 |" in out
+
+
+# --------------------------------------------------------------------------------------
+# llama.cpp
+
+
+def test_a_gguf_file_holds_the_ternary_matrices_in_two_bits(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    config = GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=256)
+    model = tsld.pack_model(tsld.quantize_model(GPT(config)))
+    hf.save_gpt2(model, tmp_path)
+    llama.write_gguf(hf.load_gpt2(tmp_path), tmp_path / "model.gguf")
+
+    reader = gguf.GGUFReader(tmp_path / "model.gguf")
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+
+    assert len(tensors) == 2 + 2 + 12
+
+    block = model.h[0]
+
+    for name, layer in (
+        ("attn_qkv", block.attn.c_attn),
+        ("attn_output", block.attn.c_proj),
+        ("ffn_up", block.mlp.c_fc),
+        ("ffn_down", block.mlp.c_proj),
+    ):
+        stored = tensors[f"blk.0.{name}.weight"]
+        weight = layer.dequantized()
+        assert stored.n_bytes == weight.numel() / 256 * 66  # 2 bits, and a scale
+        values = gguf.quants.dequantize(stored.data, stored.tensor_type)
+        torch.testing.assert_close(torch.from_numpy(values), weight, rtol=5e-4, atol=0)
+
+
+def test_a_matrix_that_is_not_ternary_is_refused_by_name(tmp_path):
+    pytest.importorskip("gguf")
+    config = GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=256)
+    with pytest.raises(llama.UserError, match="h.0.attn.c_attn is not ternary"):
+        llama.write_gguf(GPT(config), tmp_path / "model.gguf")
+
+
+def test_a_width_that_llama_cpp_cannot_pack_is_refused(tmp_path, capsys, monkeypatch):
+    hf.save_gpt2(micro_gpt(), tmp_path)
+    monkeypatch.setattr(llama.importlib.util, "find_spec", lambda name: name == "gguf")
+    words = f"multiples of 256, not {MICRO.n_embd}"
+    refused([str(tmp_path), "out.gguf"], capsys, words, llama.main)
+
+
+def test_without_the_package_gguf_one_line_asks_for_it(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(llama.importlib.util, "find_spec", lambda name: None)
+    refused([str(tmp_path), "out.gguf"], capsys, "package gguf", llama.main)

@@ -1,0 +1,144 @@
+"""Tokenizers of transformers in, and those of tiktoken out, against tiktoken itself."""
+
+import json
+import re
+from types import SimpleNamespace
+
+import pytest
+import tiktoken
+
+from data.lib.errors import UserError
+from data.lib.tokenizers import LETTERS, TransformersTokenizer, save_tokenizer
+from data.tests.helpers import WORDS
+
+TEXT = "the quick brown fox wo n't\n\n\t  jump: 1,000 café 中文 🙂 in N "
+
+
+def read(folder, name):
+    return json.loads((folder / name).read_text(encoding="utf-8"))
+
+
+def with_end_of_text():
+    """A vocabulary of 256 bytes and three merges, and a token for the end of a text."""
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    ranks |= {b"ab": 256, b"bc": 257, b"abc": 258}
+    return tiktoken.Encoding(
+        "minute",
+        pat_str=r"\w+|\W+",
+        mergeable_ranks=ranks,
+        special_tokens={"<|endoftext|>": 259},
+    )
+
+
+# --------------------------------------------------------------------------------------
+# Out
+
+
+def test_visible_bytes_are_spelled_as_themselves_and_the_others_as_gpt2_does():
+    assert len(set(LETTERS.values())) == 256
+    spelled = {byte: LETTERS[byte] for byte in b"aZ~! \n\0"}
+    assert spelled == dict(zip(b"aZ~! \n\0", "aZ~!ĠĊĀ"))
+    # The soft hyphen, 173, is the last byte that cannot be seen.
+    assert (LETTERS[161], LETTERS[172], LETTERS[173]) == ("¡", "¬", chr(256 + 67))
+    assert (LETTERS[160], LETTERS[174], LETTERS[255]) == (chr(256 + 66), "®", "ÿ")
+
+
+def test_a_saved_tokenizer_merges_bytes_as_tiktoken_does(small_vocabulary, tmp_path):
+    save_tokenizer(small_vocabulary, tmp_path)
+    saved = read(tmp_path, "tokenizer.json")
+    split, spelled = saved["pre_tokenizer"]["pretokenizers"]
+    assert (split["behavior"], split["invert"]) == ("Isolated", False)
+    assert (spelled["add_prefix_space"], spelled["use_regex"]) == (False, False)
+
+    vocabulary = saved["model"]["vocab"]
+    merges = [tuple(pair.split()) for pair in saved["model"]["merges"]]
+    rank_of = {pair: rank for rank, pair in enumerate(merges)}
+
+    # Byte-pair encoding by its definition: the pair of the lowest rank is joined first.
+    ids = []
+    for word in re.findall(split["pattern"]["Regex"], TEXT):
+        parts = [LETTERS[byte] for byte in word.encode()]
+        while pairs := [pair for pair in zip(parts, parts[1:]) if pair in rank_of]:
+            first = min(pairs, key=rank_of.get)
+            i = list(zip(parts, parts[1:])).index(first)
+            parts[i : i + 2] = ["".join(first)]
+        ids += [vocabulary[part] for part in parts]
+
+    assert ids == small_vocabulary.encode_ordinary(TEXT)
+
+
+def test_a_token_is_merged_of_the_pair_that_was_joined_last(tmp_path):
+    save_tokenizer(with_end_of_text(), tmp_path)
+    # In "abc" the pair "ab" has the lower rank: it is joined before "bc" could be.
+    assert read(tmp_path, "tokenizer.json")["model"]["merges"] == ["a b", "b c", "ab c"]
+
+
+def test_the_end_of_a_text_is_a_special_token_and_no_part_of_the_merges(tmp_path):
+    save_tokenizer(with_end_of_text(), tmp_path)
+    saved = read(tmp_path, "tokenizer.json")
+    (added,) = saved["added_tokens"]
+    assert (added["id"], added["content"]) == (259, "<|endoftext|>")
+    assert added["special"] and not added["normalized"]
+    assert sorted(saved["model"]["vocab"].values()) == [*range(259)]
+    assert read(tmp_path, "tokenizer_config.json")["eos_token"] == "<|endoftext|>"
+
+
+def test_transformers_reads_a_saved_tokenizer_as_the_same(small_vocabulary, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    for tokenizer in (small_vocabulary, with_end_of_text()):
+        save_tokenizer(tokenizer, tmp_path)
+        again = transformers.AutoTokenizer.from_pretrained(tmp_path)
+        for text in (WORDS, TEXT, "abcbcab", ""):
+            ids = tokenizer.encode_ordinary(text)
+            assert again(text, add_special_tokens=False)["input_ids"] == ids
+            assert again.decode(ids) == text
+
+    assert again.eos_token_id == 259
+
+
+def test_a_tokenizer_of_transformers_goes_out_as_it_came_in(tmp_path):
+    saved_to = []
+    original = SimpleNamespace(eos_token_id=0, save_pretrained=saved_to.append)
+    save_tokenizer(TransformersTokenizer("name", original, 9), tmp_path)
+    assert saved_to == [tmp_path]
+
+
+# --------------------------------------------------------------------------------------
+# In
+
+
+class Letters:
+    """Looks like a tokenizer of transformers: a character's token is its code, and
+    token 1 stands at the beginning of a text where special tokens are wanted."""
+
+    def __init__(self, eos_token_id=None):
+        self.eos_token_id = eos_token_id
+
+    def __call__(self, text, add_special_tokens=True):
+        beginning = [1] if add_special_tokens else []
+        return {"input_ids": beginning + [ord(letter) for letter in text]}
+
+    def decode(self, ids):
+        return "".join(map(chr, ids))
+
+
+def test_a_tokenizer_of_transformers_has_tiktokens_methods():
+    tokenizer = TransformersTokenizer("owner/name", Letters(eos_token_id=7), 0x2000)
+    assert tokenizer.name == "owner/name"
+    assert tokenizer.encode_ordinary("café") == [99, 97, 102, 233]
+    assert tokenizer.encode_ordinary("") == []
+    assert tokenizer.decode([99, 233]) == "cé"
+    assert tokenizer.decode_bytes([99, 233]) == b"c\xc3\xa9"
+
+
+def test_the_end_of_text_is_the_tokenizers_own_or_a_zero_byte():
+    assert TransformersTokenizer("name", Letters(eos_token_id=7), 300).end_of_text == 7
+    assert TransformersTokenizer("name", Letters(eos_token_id=0), 300).end_of_text == 0
+    assert TransformersTokenizer("name", Letters(), 300).end_of_text == 0
+
+
+def test_a_token_without_an_embedding_is_refused_by_name():
+    tokenizer = TransformersTokenizer("name", Letters(7), vocab_size=100)
+    assert tokenizer.encode_ordinary("abc") == [97, 98, 99]
+    with pytest.raises(UserError, match="of name makes token 100, .* has only 100"):
+        tokenizer.encode_ordinary("abcd")
