@@ -107,14 +107,14 @@ def test_the_example_loses_by_rounding_and_wins_back(tmp_path, monkeypatch, caps
     first = tsld.__doc__.index("    import argparse")
     last = tsld.__doc__.index("\n\nRounding costs")
     text = textwrap.dedent(tsld.__doc__[first:last])
-    fewer = iter(["steps=200", "steps=40"])  # of the teacher, of the student
+    fewer = iter(["steps=300", "steps=50"])  # of the teacher, of the student
     monkeypatch.chdir(tmp_path)
     names = {}
     exec(re.sub(r"steps=\d+", lambda _: next(fewer), text), names)
 
     printed = capsys.readouterr().out.splitlines()
-    teacher, rounded, student = (float(line) for line in printed[40:43])
-    assert rounded > teacher + 0.05
+    teacher, rounded, student = (float(line) for line in printed[50:53])
+    assert rounded > teacher + 0.03
     assert student < teacher + 0.5 * (rounded - teacher)
     assert names["ids"].shape == (1, 9 + 50)
     assert os.listdir(tmp_path) == ["student.packed"]
@@ -147,20 +147,18 @@ def terms64(student, teacher, targets):
 def loss64(name, terms, layers=0.0, temperature=10.0, gt_weight=0.0):
     """A loss from the terms. TSLD is the printed formula, one sequence at a time."""
     ce_student, ce_teacher, kd = terms
-    losses = {
-        "gt": ce_student.mean(),
-        "logit": kd.mean() + gt_weight * ce_student.mean(),
-        "logit_gt": kd.mean() + ce_student.mean(),
-        "l2l": kd.mean() + layers,
-    }
-    if name in losses:
-        return losses[name]
+    labels = gt_weight * ce_student.mean()
+    if name == "tsld":
+        sums = []
+        for doubts, distances in zip(ce_teacher, kd):
+            weights = [math.exp(doubt / temperature) for doubt in doubts]
+            sums.append(sum(w * d for w, d in zip(weights, distances)) / sum(weights))
+        return np.mean(sums) + labels
 
-    sums = []
-    for doubts, distances in zip(ce_teacher, kd):
-        weights = [math.exp(doubt / temperature) for doubt in doubts]
-        sums.append(sum(w * d for w, d in zip(weights, distances)) / sum(weights))
-    return np.mean(sums) + gt_weight * ce_student.mean()
+    losses = {"gt": ce_student.mean(), "logit": kd.mean() + labels}
+    losses["logit_gt"] = kd.mean() + ce_student.mean()
+    losses["l2l"] = kd.mean() + layers
+    return losses[name]
 
 
 @each("shape", [(3, 5, 7), (1, 1, 2)])
@@ -285,18 +283,18 @@ def test_a_temperature_or_a_loss_that_there_is_not_is_refused():
         tsld.distillation_loss("l2l", terms)
 
 
-def random_trace(seed, n_layer=2, H=3, T=4, dtype=torch.float32):
-    states = [randn(2, T, 6, seed=seed + i).to(dtype) for i in range(n_layer + 1)]
-    scores = [randn(2, H, T, T, seed=seed + 50 + i).to(dtype) for i in range(n_layer)]
+def random_trace(seed, n_layer=2, B=2, H=3, T=4, dtype=torch.float32):
+    states = [randn(B, T, 6, seed=seed + i).to(dtype) for i in range(n_layer + 1)]
+    scores = [randn(B, H, T, T, seed=seed + 50 + i).to(dtype) for i in range(n_layer)]
     for tensor in states + scores:
         tensor.requires_grad_()
     return tsld.Trace(None, states, scores)
 
 
-@each("H, dtype", [(3, torch.float32), (1, torch.bfloat16)])
-def test_l2l_adds_the_mse_of_states_and_of_scores_that_attention_sees(H, dtype):
-    student = random_trace(0, H=H, dtype=dtype)
-    teacher = random_trace(100, H=H, dtype=dtype)
+@each("B, H, dtype", [(2, 3, torch.float32), (1, 1, torch.bfloat16)])
+def test_l2l_adds_the_mse_of_states_and_of_scores_that_attention_sees(B, H, dtype):
+    student = random_trace(0, B=B, H=H, dtype=dtype)
+    teacher = random_trace(100, B=B, H=H, dtype=dtype)
     expected = 0.0
     for s, t in zip(student.hidden_states, teacher.hidden_states):
         expected += (s.double() - t.double()).square().mean().item()
@@ -311,22 +309,24 @@ def test_l2l_adds_the_mse_of_states_and_of_scores_that_attention_sees(H, dtype):
 
     # Its gradient reaches all of the student's layers, and none of the teacher's.
     loss.backward()
-    for tensor in (*student.hidden_states, *student.attention_scores):
-        assert tensor.grad.any()
-    for tensor in (*teacher.hidden_states, *teacher.attention_scores):
-        assert tensor.grad is None
+    for trace in (student, teacher):
+        for tensor in (*trace.hidden_states, *trace.attention_scores):
+            assert (tensor.grad is not None) == (trace is student)
 
 
-@each("change", [{"T": 1}, {"n_layer": 1}, {"n_layer": 3}])
-def test_l2l_of_models_of_two_shapes_is_refused(change):
-    with refused():
-        tsld.layer_to_layer_loss(random_trace(0), random_trace(100, **change))
+def test_l2l_of_models_of_two_shapes_is_refused():
+    student = random_trace(0)
+    teachers = [random_trace(100, T=1), random_trace(100, n_layer=3)]
+    for teacher in (*teachers, student._replace(attention_scores=[])):
+        with refused():
+            tsld.layer_to_layer_loss(student, teacher)
 
 
 # ---- 2. Quantizers -------------------------------------------------------------------
 
 WEIGHTS = {
     "normal": randn(7, 5),
+    "one weight": torch.tensor([[-0.3]]),
     "a row of zeros": torch.cat([randn(3, 6), torch.zeros(1, 6)]),
     "zeros": torch.zeros(3, 4),
     "positive": randn(4, 6).abs() + 0.1,
@@ -463,6 +463,8 @@ def test_a_layer_that_is_used_twice_keeps_its_one_weight_packed_or_not():
     assert names_of(model, QuantLinear) == {"0", "2"}
     assert model[0].weight is model[2].weight is shared.weight
     assert_close(tsld.pack_model(model)(randn(3, 4)), expected, rtol=1e-5)
+    same = QuantLinear(4, 4)
+    assert names_of(tsld.pack_model(nn.Sequential(same, same)), PackedLinear) == {*"01"}
 
 
 @each("head", ["lm_head", "head", "tied", "lm_head elsewhere"])
@@ -586,9 +588,9 @@ def test_dropout_acts_in_training_alone_and_keeps_the_mean():
     attention = model.h[0].attn
     attention.c_proj = nn.Identity()
     x = randn(1, 8, 12)
-    expected = attention.eval()(x)
+    expected, _ = attention.eval()(x)
     x = x.expand(20_000, -1, -1)
-    outputs = attention.train()(x)
+    outputs, _ = attention.train()(x)
     assert_close((outputs[:, 0] != 0).float().mean(), 1 / 4, atol=0.01)
     assert_close(outputs.mean(0), expected[0], atol=0.15 * expected.abs().max().item())
 
@@ -622,21 +624,23 @@ def test_greedy_generation_is_the_argmax_without_a_cache():
     assert torch.equal(torch.cat(columns, dim=1), expected[:, 2:])
 
 
-@each("temperature", [1.0, 0.5, 1.3])
-@each("top_k", [None, 4, 100])
-def test_tokens_are_drawn_from_softmax_of_logits_over_temperature(temperature, top_k):
+@each("options", [{}, {"top_k": 99}, {"temperature": 0.5, "top_k": 4}])
+def test_tokens_are_drawn_from_softmax_of_logits_over_temperature(options):
     model = micro_gpt()
     ids = random_ids(1, 3)
-    logits = gpt64(model, ids[0].numpy())[0][-1] / temperature
-    if top_k == 4:
+    logits = gpt64(model, ids[0].numpy())[0][-1] / options.get("temperature", 1.0)
+    if options.get("top_k") == 4:
         logits[np.argsort(logits)[:-4]] = -np.inf
     expected = softmax64(logits)
 
     torch.manual_seed(0)
-    drawn = model.generate(ids.expand(20_000, -1), 1, temperature, top_k)[:, -1]
-    frequency = np.bincount(drawn, minlength=17) / 20_000
-    assert_close(frequency, expected, rtol=0, atol=4 * 0.5 / math.sqrt(20_000))
-    assert not frequency[expected == 0].any()
+    ids = ids.expand(20_000, -1)
+    generated = model.generate(ids, 1, **options)[:, -1:]
+    sampled = tsld.sample(model(ids)[:, -1], **options)
+    for drawn in (generated, sampled, *model.stream(ids, 1, **options)):
+        frequency = np.bincount(drawn[:, 0], minlength=17) / 20_000
+        assert_close(frequency, expected, rtol=0, atol=4 * 0.5 / math.sqrt(20_000))
+        assert not frequency[expected == 0].any()
 
 
 @each("training", [True, False])
@@ -656,7 +660,7 @@ def test_what_does_not_fit_the_block_or_cannot_be_drawn_is_refused():
     model = micro_gpt()
     with refused("9 tokens exceed block_size 8"):
         model(random_ids(1, 9))
-    for T, start in ((1, 8), (9, 0), (2, 3)):
+    for T, start in ((1, 8), (9, 0), (2, 1)):
         cache = torch.zeros(2, 1, 2, 8, 6)
         with refused(f"no {T} tokens at position {start}"):
             model.h[0].attn(randn(1, T, 12), cache, start)
@@ -1221,9 +1225,7 @@ def test_a_file_that_is_truncated_or_foreign_is_refused(packed_file):
         assert_refused(packed_file)
 
 
-class Payload:
-    """What a malicious file holds. Whoever runs its code gets a file `executed`."""
-
+class Payload:  # whoever runs its code gets a file `executed`
     def __reduce__(self):
         return Path.touch, (Path("executed"),)
 
@@ -1326,9 +1328,8 @@ def test_copied_alone_it_trains_packs_saves_loads_and_generates(tmp_path):
     shutil.copy(tsld.__file__, tmp_path)
     command = [sys.executable, "-I", "-c", ALONE, str(tmp_path)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    file = tmp_path / "tsld.py"
     assert done.returncode == 0, done.stderr
-    assert done.stdout == f"18 torch.Size([1, 8]) {file} False\n"
+    assert done.stdout == f"18 torch.Size([1, 8]) {tmp_path / 'tsld.py'} False\n"
 
 
 # ---- 7. The main command -------------------------------------------------------------
@@ -1430,7 +1431,7 @@ def test_a_run_says_what_follows_and_shows_texts_and_weights(one, all_losses):
         "model: 36,336 parameters, 1 layers x 16, 8% of them in matrices",
         "The ternary matrices take 768 bytes, 16 times less than in FP32.",
         "This student is better than its teacher. It sees labels as well",
-        "How much TSLD (τ = 20) lets each token count, on average 1: 'id' 2.",
+        "How much TSLD (τ = 20) lets each token count, on average 1: 'id' ",
         "The validation text begins: valid the quick brown fo",
         *(f"{name} goes on:" for name in ("teacher", "rounded", "tsld")),
     ):

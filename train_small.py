@@ -419,10 +419,10 @@ FLAGS = {
          "what shares a scale"),
         ("tsld-temperature", None, {"type": number(float, above=0, finite=False)},
          "τ of the token scale; inf gives every token the same weight "
-         + defaults(TINY.student.temperature, GPT2.student.temperature)),
+         + defaults(*(f"{p.student.temperature:g}" for p in (TINY, GPT2)))),
         ("gt-weight", None, {"type": number(float, least=0)},
          "weight of the ground-truth loss that is added to logit and tsld "
-         + defaults(TINY.student.gt_weight, GPT2.student.gt_weight)),
+         + defaults(*(f"{p.student.gt_weight:g}" for p in (TINY, GPT2)))),
     ],
     "model and data": [
         ("model", None, {}, f"{', '.join(PRESETS)}, or one of transformers by folder "
@@ -486,8 +486,7 @@ TRAIN = TAKES["training"]
 
 
 def parse(argv, takes=None, description=None, **other_defaults):
-    """The flags as a namespace. takes: those of another command than this file's own,
-    description: its --help. Raises UserError."""
+    """The flags as a namespace. takes, description: another command's own."""
     description = description or " ".join(__doc__.split("\n\n")[0].split())
     names = ALL if takes is None else takes
     parser = make_parser(FLAGS, names, description, other_defaults)

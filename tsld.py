@@ -379,12 +379,11 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, cache=None, start=0, scores=None):
-        """x: (B, T, C) -> (B, T, C).
+    def forward(self, x, cache=None, start=0, trace=False):
+        """x: (B, T, C) -> (B, T, C), and the scores (B, H, T, T) if trace, else None.
 
         cache: (2, B, H, S, C / H), keys and values of the positions before `start`, to
-        which those of x are added. Raises ValueError if they do not fit in.
-        scores: a list that gets q·k/√d, (B, H, T, T), before mask and softmax."""
+        which those of x are added. Raises ValueError if they do not fit in."""
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, C / H)
@@ -395,8 +394,9 @@ class Attention(nn.Module):
             cache[:, :, :, start : start + T] = torch.stack((k, v))
             k, v = cache[:, :, :, : start + T]
 
-        if scores is not None:
-            scores.append(q @ k.transpose(-2, -1) / math.sqrt(C // self.n_head))
+        scores = None
+        if trace:
+            scores = q @ k.transpose(-2, -1) / math.sqrt(C // self.n_head)
 
         # The fused product. Its backward pass in bfloat16 is slow on CPUs.
         if x.is_cpu and q.element_size() == 2:
@@ -407,7 +407,7 @@ class Attention(nn.Module):
             y = attend(q, k, v, dropout_p=dropout, is_causal=T > 1)  # (B, H, T, C / H)
 
         y = y.to(x.dtype).transpose(1, 2).flatten(2)  # (B, T, C)
-        return F.dropout(self.c_proj(y), dropout)
+        return F.dropout(self.c_proj(y), dropout), scores
 
 
 class MLP(nn.Module):
@@ -434,9 +434,10 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache=None, start=0, scores=None):
-        x = x + self.attn(self.ln_1(x), cache, start, scores)
-        return x + self.mlp(self.ln_2(x))
+    def forward(self, x, cache=None, start=0, trace=False):
+        y, scores = self.attn(self.ln_1(x), cache, start, trace)
+        x = x + y
+        return x + self.mlp(self.ln_2(x)), scores
 
 
 class GPT(nn.Module):
@@ -477,7 +478,7 @@ class GPT(nn.Module):
         a list with one for each block, as Attention takes it."""
         x = self.embed(ids, start)
         for i, block in enumerate(self.h):
-            x = block(x, None if cache is None else cache[i], start)
+            x, _ = block(x, None if cache is None else cache[i], start)
         return self.ln_f(x)
 
     def forward(self, ids, trace=False):
@@ -486,7 +487,9 @@ class GPT(nn.Module):
 
         states, scores = [self.embed(ids)], []
         for block in self.h:
-            states.append(block(states[-1], scores=scores))
+            x, of_layer = block(states[-1], trace=True)
+            states.append(x)
+            scores.append(of_layer)
         return Trace(self.lm_head(self.ln_f(states[-1])), states, scores)
 
     @torch.inference_mode()
@@ -914,7 +917,7 @@ def load_model(path, into=None):
 
     if into is None:
         model.lm_head = HalfHead(model.wte.weight)
-    return model.requires_grad_(False).cpu()
+    return model.requires_grad_(False).eval().cpu()
 
 
 def fill(content, model):

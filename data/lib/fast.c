@@ -1,6 +1,7 @@
 /* What generating a token consists of, for fast.py: a row of activations x times a
    matrix, ternary (ternary_product) or of float16 (half_product), and the attention of
-   that one token. All three read each weight once, which is what they wait for.
+   that one token. Each number of a matrix, or of the cache, is used once, so that the
+   time goes into reading it from memory.
 
    No instruction is named here. GCC's vector types stand for the processor's registers:
 

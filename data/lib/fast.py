@@ -203,15 +203,17 @@ class FastAttention(Attention):
         nn.Module.__init__(self)
         vars(self).update(vars(attention))  # takes over its layers and settings
 
-    def forward(self, x, cache=None, start=0, scores=None):
+    def forward(self, x, cache=None, start=0, trace=False):
         """See Attention.forward."""
-        is_plain = cache is not None and scores is None and not self.training
+        is_plain = cache is not None and not trace and not self.training
         if not (is_plain and is_one_row(x)):
-            return super().forward(x, cache, start, scores)
+            return super().forward(x, cache, start, trace)
 
         # The cache must be that of one sequence, in one piece, and have room: C writes
         # wherever it is told to.
-        H, S, d = self.n_head, cache.shape[3], x.shape[-1] // self.n_head
+        H = self.n_head
+        S = cache.shape[3]
+        d = x.shape[-1] // H
         fits = cache.shape == (2, 1, H, S, d) and 0 <= start < S
         fits = fits and cache.is_cpu and cache.is_contiguous()
 
@@ -220,7 +222,8 @@ class FastAttention(Attention):
         if not (fits and is_float) or qkv.requires_grad:
             return super().forward(x, cache, start)
 
+        # C writes the token's key and value into the cache, and attends to it.
         y = qkv.new_empty(x.shape)
         arrays = (qkv.data_ptr(), cache.data_ptr(), y.data_ptr())
         c_library().attention(*arrays, start, H, S, d)
-        return self.c_proj(y)
+        return self.c_proj(y), None

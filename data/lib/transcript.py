@@ -132,11 +132,17 @@ def print_token_weights(teacher, ids, temperature, decode, shown=16):
     ce_teacher = tsld.per_token_terms(logits, logits, targets).ce_teacher
     weights = tsld.token_scale(ce_teacher, temperature)[0] * targets.shape[1]
 
-    words = []
+    # No token is broken where a line ends.
+    lines = [
+        f"How much TSLD (τ = {temperature:g}) lets each token count, on average 1:"
+    ]
     for i, weight in zip(targets[0, :shown].tolist(), weights.tolist(), strict=False):
-        words.append(f"{decode([i])!r} {weight:.2f}")
-    title = f"How much TSLD (τ = {temperature:g}) lets each token count, on average 1:"
-    print("\n" + textwrap.fill(f"{title} {', '.join(words)}", WIDTH))
+        word = f"{decode([i])!r} {weight:.2f}"
+        if len(f"{lines[-1]}  {word}") > WIDTH:
+            lines.append(word)
+        else:
+            lines[-1] += f"  {word}"
+    print("\n" + "\n".join(lines))
 
 
 def print_samples(models, prompt, length, decode, seed):

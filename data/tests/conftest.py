@@ -78,8 +78,8 @@ def small_vocabulary():
 
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
-    """The presets `tiny` and `tiny-6` made minute. Returns the flags that name a text to train on,
-    the folder tmp_path / "out" and the CPU."""
+    """The presets `tiny` and `tiny-6` made minute. Returns the flags that name a text
+    to train on, the folder tmp_path / "out" and the CPU."""
     import train_small
 
     for name in ("tiny", "tiny-6"):

@@ -59,7 +59,13 @@ def test_without_a_checkpoint_a_training_begins_at_0(tmp_path):
 def test_a_model_is_its_configuration_or_what_it_prints():
     assert checkpoints.architecture(micro_gpt()) == asdict(MICRO)
     other = torch.nn.Linear(3, 4)
-    assert checkpoints.architecture(other) == repr(other)
+    assert checkpoints.architecture(other) == [None, repr(other)]
+
+
+def test_models_that_print_alike_differ_by_their_configuration():
+    one, other = torch.nn.Linear(3, 4), torch.nn.Linear(3, 4)
+    one.config, other.config = MICRO, replace(MICRO, n_head=MICRO.n_head * 2)
+    assert checkpoints.architecture(one) != checkpoints.architecture(other)
 
 
 # --------------------------------------------------------------------------------------

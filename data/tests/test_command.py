@@ -261,8 +261,8 @@ def test_the_help_names_every_flag_in_its_group(help_text):
 def test_the_help_has_the_defaults_of_the_presets(help_text):
     tiny, others = train_small.TINY, train_small.GPT2
     for flag, of_tiny, of_others in (
-        ("tsld-temperature", tiny.student.temperature, others.student.temperature),
-        ("gt-weight", tiny.student.gt_weight, others.student.gt_weight),
+        ("tsld-temperature", "20", "10"),
+        ("gt-weight", "0.25", "0"),
         ("student-tokens", tiny.student_tokens, "all"),
         ("steps", tiny.student.steps, f"{others.student_epochs} epochs"),
         ("batch-size", tiny.student.batch_size, others.student.batch_size),

@@ -79,9 +79,13 @@ def both(ppl, bpb):
 
 
 def test_the_table_has_every_score_and_the_share_that_each_student_wins_back(capsys):
-    rows = [("teacher", both(55.09, 2.0), 5873664), ("rounded", both(1e3, 3.0), None)]
-    rows += [("good", both(60.5, 2.1), 922967), ("better", both(3e7, 1.9), 1)]
-    rows += [("bad", both(61, 3.05), 1)]
+    rows = [
+        ("teacher", both(55.09, 2.0), 5873664),
+        ("rounded", both(1e3, 3.0), None),
+        ("good", both(60.5, 2.1), 922967),
+        ("better", both(3e7, 1.9), 1),
+        ("bad", both(61, 3.05), 1),
+    ]
     transcript.print_table(rows)
     above, below, *lines = capsys.readouterr().out.splitlines()[1:]
 
@@ -169,8 +173,14 @@ def test_that_a_student_with_labels_can_pass_its_teacher_is_explained(
 
 
 def test_the_token_scale_is_judged_by_pairs_with_the_same_labels(capsys):
-    rows = [result("gt"), result("logit", 50.0, 0.25), result("tsld", 49.0, 0.25)]
-    rows += [result("logit", 60.0, 0.0), result("tsld", 63.0, 0.0), result("logit_gt")]
+    rows = [
+        result("gt"),
+        result("logit", 50.0, 0.25),
+        result("tsld", 49.0, 0.25),
+        result("logit", 60.0, 0.0),
+        result("tsld", 63.0, 0.0),
+        result("logit_gt"),
+    ]
     text = lessons(capsys, *rows)
 
     assert "Token scale, with 0.25 gt: -2.0% perplexity against logit, one " in text
@@ -192,19 +202,30 @@ def test_a_tokens_weight_is_its_token_scale_times_their_number(capsys):
     teacher = micro_gpt()
     ids = torch.tensor([3, 14, 15, 9, 2, 6, 5])
     transcript.print_token_weights(teacher, ids, 0.5, decode, shown=4)
-    printed = " ".join(capsys.readouterr().out.split())
+    title, line = capsys.readouterr().out.splitlines()[1:]
 
     p = softmax64(teacher(ids[None, :-1])[0].detach())
     ce = -np.log(p[range(6), ids[1:]])
     weights = 6 * softmax64(ce / 0.5)
-
     assert weights.max() > 1.5
 
-    title = "How much TSLD (τ = 0.5) lets each token count, on average 1: "
-    words = ["' w14'", "' w15'", "' w9'", "' w2'"]
-    pairs = [f"{word} {weight:.2f}" for word, weight in zip(words, weights)]
+    title, *words = f"{title}  {line}".split("  ")
+    assert title == "How much TSLD (τ = 0.5) lets each token count, on average 1:"
+    tokens = ["' w14'", "' w15'", "' w9'", "' w2'"]
+    pairs = zip(tokens, weights, strict=False)
+    assert words == [f"{token} {weight:.2f}" for token, weight in pairs]
 
-    assert printed == title + ", ".join(pairs)
+
+def test_no_token_is_broken_at_the_end_of_a_line(capsys):
+    ids = torch.arange(17)
+    teacher = micro_gpt(block_size=16)
+    transcript.print_token_weights(teacher, ids, 10.0, lambda ids: f"{ids[0]}   \n ")
+    lines = capsys.readouterr().out.splitlines()[1:]
+
+    tokens = re.findall(r"'(\d+)   \\n ' \d\.\d\d", "\n".join(lines))
+    assert tokens == [str(i) for i in range(1, 17)]
+    assert max(len(line) for line in lines) <= 88
+    assert min(len(line) for line in lines[:-1]) > 88 - 2 - len("'10   \\n ' 1.00")
 
 
 def test_each_model_goes_on_with_the_prompt_from_the_seed(capsys):
