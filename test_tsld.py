@@ -657,7 +657,7 @@ def test_generation_has_no_dropout_and_leaves_the_mode_as_it_was(training):
 
 
 def test_what_does_not_fit_the_block_or_cannot_be_drawn_is_refused():
-    model = micro_gpt()
+    model = micro_gpt().train()
     with refused("9 tokens exceed block_size 8"):
         model(random_ids(1, 9))
     for T, start in ((1, 8), (9, 0), (2, 1)):
@@ -670,6 +670,7 @@ def test_what_does_not_fit_the_block_or_cannot_be_drawn_is_refused():
     for setting in ({"temperature": -1}, {"temperature": math.nan}, {"top_k": 0}):
         with refused("temperature -1|temperature nan|top_k 0"):
             model.generate(random_ids(1, 2), 1, **setting)
+    assert model.training
 
 
 # ---- 4. Training ---------------------------------------------------------------------
@@ -873,6 +874,7 @@ def test_what_a_training_lacks_is_refused_by_name():
         (BRIEF, TEXT[:8], teacher, "8 tokens"),
         (uneven, TEXT, teacher, "batch_size 6, accumulate 4"),
         (replace(BRIEF, loss="mse"), TEXT, teacher, "'mse'"),
+        (replace(BRIEF, dtype="float16"), TEXT, teacher, "'float16'"),
         (BRIEF, TEXT, micro_gpt(vocab_size=99), "do not fit"),
     ):
         with refused(words):
@@ -1123,14 +1125,13 @@ def test_gpt2_small_is_a_file_of_101_megabytes_a_fifth_of_fp32(tmp_path):
 
 
 def other_model(tied=True):
-    """A model that is not our GPT, with a complex and an integer tensor."""
+    """A model that is not our GPT, with a complex tensor."""
     torch.manual_seed(0)
     model = nn.Sequential()
     model.embedding = nn.Embedding(11, 6)
     model.up = nn.Linear(6, 7)
     model.down = nn.Linear(7, 6, bias=False)
     model.register_buffer("turns", torch.polar(torch.ones(3), torch.arange(3.0)))
-    model.register_buffer("count", torch.tensor(3))
     model.lm_head = nn.Linear(6, 11, bias=False)
     if tied:
         model.lm_head.weight = model.embedding.weight
@@ -1154,7 +1155,6 @@ def test_a_file_fills_a_model_that_is_not_our_gpt(tied, granularity, tmp_path):
         assert not loaded.training
         assert loaded.embedding.weight.dtype == dtype
         assert (loaded.lm_head.weight is loaded.embedding.weight) == tied
-        assert loaded.count == 3
         assert_close(loaded.turns.angle(), [0.0, 1.0, 2.0])
         assert_close(loaded(ids), model(ids), 1e-2, 1e-2)
 

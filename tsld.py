@@ -11,7 +11,7 @@ next-token distributions as its full-precision *teacher* (distillation). TSLD sa
 much each token counts:
 
     L = Σ_n  softmax_n( -Σ_i y_ni log P^T_ni / τ )  ·  Σ_i -P^T_ni log P^S_ni
-             └─ token_scale: a weight, more if  ┘      └─ kd: cross-entropy of ┘
+             └─ token_scale: w_n, larger where  ┘      └─ kd: cross-entropy of ┘
                 the true token was unlikely            student and teacher
 
     mathematics                             code             shape
@@ -42,13 +42,14 @@ The whole method, from a text to a packed student, in half a minute:
     for step, loss in tsld.train(student, text, config, teacher):
         print(step, loss)
     for model in (teacher, rounded, student):
-        print(tsld.evaluate(model, new_text, block_size=64))  # nats: 1.3, ~1.9, 1.4
+        print(tsld.evaluate(model, new_text, block_size=64))  # nats: 1.3, 1.8, 1.4
     tsld.save_model("student.packed", tsld.pack_model(student))
     ids = tsld.load_model("student.packed").generate(tokens[None, :9], 50)
     print(bytes(ids[0].tolist()).decode(errors="replace"))
 
-Rounding costs about half a nat a byte on new text, and distillation wins nine tenths of
-it back. The student starts as its teacher: what it learns is to live with the rounding.
+Rounding costs about half a nat a byte on new text, and the student wins nine tenths of
+it back. It starts as its teacher: what it learns is to live with the rounding. (Other
+losses win as much here. The toy shows how TSLD runs, not that it is better.)
 
 Shapes have B sequences, T tokens, V vocabulary entries, width C and H heads. Tensors
 keep device and dtype unless a docstring says otherwise. Bad arguments raise ValueError.
@@ -84,7 +85,7 @@ class TrainingDiverged(ArithmeticError):
 # and no student changes the teacher's entropy. Its mean over the tokens is the floor of
 # the loss; in TSLD, where tokens count w_n, it is Σ_n w_n · entropy of P^T_n.
 
-# Labels alone; the teacher's logits; these and its layers; logits and labels; TSLD.
+# Labels; teacher's logits; logits and layers; logits and labels; scaled logits (TSLD).
 LOSSES = ("gt", "logit", "l2l", "logit_gt", "tsld")
 
 
@@ -133,8 +134,8 @@ def tsld_loss(terms, temperature=10.0, gt_weight=0.0):
 
     Where the teacher is sure of the true token, P^T_n is nearly the one-hot label. To
     follow it is to learn the text by heart, and a label loss on top does so twice.
-    Where the true token surprises the teacher, P^T_n mostly spreads over all that could
-    follow, which only a teacher can tell. TSLD weights the first down, the second up.
+    Where the true token surprises it, P^T_n mostly spreads over what else could follow,
+    which no label tells. TSLD weights the first down and the second up.
 
     gt_weight adds gt_weight · mean(ce_student). The authors' program sums over its
     batch of 4, and adds the ground truth: up to a factor, a gt_weight of 0.25."""
@@ -224,7 +225,7 @@ def ternarize(weight, granularity="tensor"):
 
     weight: (out, in), any float dtype. Returns codes, int8 (out, in), and the scale,
     float32 (1, 1) or (out, 1). In a row of zeros all codes are 0. Its own scale, with
-    "channel", is 0. With "tensor" it has the scale of the whole matrix."""
+    "channel", is 0. With "tensor", the scale is the whole matrix's."""
     dims = _shared_dimensions(granularity)
     w = weight.detach().float()
 
@@ -249,7 +250,7 @@ def quantize_int4(weight, granularity="tensor"):
     dims = _shared_dimensions(granularity)
     w = weight.detach().float()
 
-    # 16 steps from the smallest to the largest weight.
+    # 15 steps from the smallest to the largest weight.
     low = w.amin(dims, keepdim=True).clamp(max=0)
     high = w.amax(dims, keepdim=True).clamp(min=0)
     scale = (high - low) / 15
@@ -539,6 +540,8 @@ def sample(logits, temperature=1.0, top_k=None):
 
 
 # ---- 4. Training ---------------------------------------------------------------------
+# A student is trained as any model is. Each forward pass rounds its weights anew, and
+# the gradient moves the full-precision ones. The teacher only looks on.
 
 
 @dataclass
@@ -601,7 +604,7 @@ def training_loss(student, teacher, ids, targets, config):
     ids, targets: int64 (B, T). The loss "gt" does not look at the teacher."""
     if config.loss == "gt":
         logits = student(ids)
-        terms = per_token_terms(logits, logits, targets)
+        terms = per_token_terms(logits, logits, targets)  # for want of a teacher
         return distillation_loss("gt", terms)
 
     if config.loss == "l2l":
@@ -646,7 +649,7 @@ def train(
     forward_backward=forward_backward,
 ):
     """Trains the student in place on random pieces of a text. A generator: each step is
-    made when (step, loss) is asked for, the step counted from 1, the loss as above.
+    made when (step, loss) is asked for, the step counted from 1, the loss its batch's.
 
     student, teacher: modules that give logits (B, T, V) for ids (B, T), as GPT does.
     tokens: int64 (n,), on the CPU. The loss "gt" needs no teacher.
@@ -677,7 +680,7 @@ def train(
         student.zero_grad()
         loss = forward_backward(student, teacher, ids, targets, config)
 
-        # Clip, look, step.
+        # Clip and step.
         norm = nn.utils.clip_grad_norm_(student.parameters(), config.clip)
         if not math.isfinite(loss + norm):
             values = f"loss {loss:.4g}, gradient of norm {norm:.4g}"
@@ -738,7 +741,7 @@ def evaluate(model, tokens, block_size):
 
 def bits_per_byte(nats_per_token, tokens, bytes):
     """The bits that a byte of the text costs. Unlike perplexity this compares models
-    with different vocabularies. tokens, bytes: the text's numbers of them."""
+    with different vocabularies. tokens, bytes: how many of them are predicted."""
     return nats_per_token * tokens / math.log(2) / bytes
 
 
