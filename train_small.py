@@ -384,7 +384,7 @@ PRESETS = {
 
 
 def student_lr(preset, bits):
-    if bits == 4 and preset.lr_4bit is not None:
+    if bits > 2 and preset.lr_4bit is not None:
         return preset.lr_4bit
     return preset.student.lr
 

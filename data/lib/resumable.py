@@ -154,7 +154,7 @@ def choose_forward_backward(student, teacher, config):
     models = [student] if teacher is None else [student, teacher]
     has_hidden = all(hasattr(model, "hidden") for model in models)
 
-    if config.loss == "l2l" or not has_hidden:
+    if config.loss not in lean.LEAN_LOSSES or not has_hidden:
         return tsld.forward_backward
     return lean.forward_backward
 

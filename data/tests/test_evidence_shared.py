@@ -17,7 +17,7 @@ import data.evidence
 import train_small
 from data import texts
 from data.evidence import models, rows, vocabulary
-from data.evidence.figures import figures
+from data.evidence.figures import common, figures
 from data.evidence.map import regimes, tables
 from data.evidence.pretrained import smollm
 from data.evidence.speed import bench, gpu, llama
@@ -25,7 +25,7 @@ from data.evidence.table1 import table
 from data.evidence.tasks import accuracy, harness
 from data.lib.errors import UserError
 from data.tests.helpers import ROOT, micro_gpt, micro_ids, refused, softmax64
-from tsld import TrainConfig
+from tsld import LOSSES, TrainConfig
 
 EVIDENCE = ROOT / "data" / "evidence"
 COMMANDS = [table, regimes, accuracy, harness, smollm, figures, bench, gpu, llama]
@@ -37,6 +37,11 @@ COMMANDS = [table, regimes, accuracy, harness, smollm, figures, bench, gpu, llam
 def test_no_other_package_of_the_name_hides_data():
     assert data.__file__ == str(ROOT / "data" / "__init__.py")
     assert data.evidence.__file__ == str(EVIDENCE / "__init__.py")
+
+
+def test_every_loss_has_a_name_and_a_colour():
+    assert rows.METHODS.keys() == set(LOSSES)
+    assert common.COLOURS.keys() >= rows.METHODS.keys()
 
 
 def test_no_room_imports_another_room():
