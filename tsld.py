@@ -165,9 +165,12 @@ def layer_to_layer_loss(student_trace, teacher_trace):
     # Each hidden state is (B, T, C), each layer's scores are (B, H, T, T).
     student_tensors = [*student_trace.hidden_states, *student_trace.attention_scores]
     teacher_tensors = [*teacher_trace.hidden_states, *teacher_trace.attention_scores]
+    if len(student_tensors) != len(teacher_tensors):
+        depths = f"{len(student_tensors)} and {len(teacher_tensors)} tensors"
+        raise ValueError(f"L2L compares models of one depth, not {depths}")
 
     loss = 0.0
-    for student, teacher in zip(student_tensors, teacher_tensors, strict=True):
+    for student, teacher in zip(student_tensors, teacher_tensors):
         if student.shape != teacher.shape:
             shapes = f"{tuple(student.shape)} and {tuple(teacher.shape)}"
             raise ValueError(f"L2L compares tensors of one shape, not {shapes}")
@@ -591,6 +594,8 @@ def make_optimizer(model, config):
     parameters = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in parameters if p.dim() > 1]
     vectors = [p for p in parameters if p.dim() <= 1]
+    if not parameters:
+        raise ValueError("the model has nothing to train: is it packed?")
 
     groups = [
         {"params": matrices, "weight_decay": config.weight_decay},
@@ -700,7 +705,8 @@ def check_training(config, teacher, n_tokens, block_size):
 
     if config.dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype must be float32 or bfloat16, not {config.dtype!r}")
-    if config.accumulate < 1 or config.batch_size % config.accumulate:
+    is_whole = 1 <= config.accumulate <= config.batch_size
+    if not is_whole or config.batch_size % config.accumulate:
         sizes = f"batch_size {config.batch_size}, accumulate {config.accumulate}"
         raise ValueError(f"the parts of a batch must be equal, not of {sizes}")
 
@@ -867,32 +873,30 @@ def config_of(model):
     return asdict(config) if is_dataclass(config) else None
 
 
-def stored_tensors(model):
-    """A packed model's state dict on the CPU, in the dtypes that a file has. Raises
-    ValueError if a value is not finite in them."""
-    tensors, of_parameter = {}, {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        value = tensor.detach().cpu()
-        if value.is_floating_point():
-            is_matrix = value.dim() > 1 and not name.endswith(".scale")
-            value = value.half() if is_matrix else value.float()
-        if not value.isfinite().all():
-            raise ValueError(f"{name} has values not finite in {value.dtype}")
+def as_stored(name, tensor):
+    """The tensor in the dtype that a file has it in. Raises ValueError if a value is
+    not finite in it."""
+    if tensor.is_floating_point():
+        is_matrix = tensor.dim() > 1 and not name.endswith(".scale")
+        tensor = tensor.half() if is_matrix else tensor.float()
 
-        # A weight with two names (tied) is stored once.
-        tensors[name] = of_parameter.setdefault(id(tensor), value)
-    return tensors
+    if not tensor.isfinite().all():
+        raise ValueError(f"{name} has values that are not finite in {tensor.dtype}")
+    return tensor
 
 
 def save_model(path, model):
-    """Writes a packed model, whole or not at all. Raises ValueError, and leaves an old
-    file, if not all of it is packed, or a value is not finite as it is stored."""
+    """Writes a packed model, whole or not at all. Raises ValueError, the old file left
+    as it was, if not all is packed, or a value is not finite as it is stored."""
     layers = [m for m in model.modules() if isinstance(m, PackedLinear)]
     if not layers or any(isinstance(m, QuantLinear) for m in model.modules()):
         raise ValueError("the model is not packed, or not all of it: see pack_model")
 
-    content = {"format": PACKED_FORMAT, "config": config_of(model)}
-    content["tensors"] = stored_tensors(model)
+    tensors, of_parameter = {}, {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        value = as_stored(name, tensor.detach().cpu())
+        tensors[name] = of_parameter.setdefault(id(tensor), value)  # tied: only once
+    content = {"format": PACKED_FORMAT, "config": config_of(model), "tensors": tensors}
 
     # Under another name first: at `path` there is always a whole file.
     with open(f"{path}.tmp", "wb") as file:
@@ -908,8 +912,9 @@ def load_model(path, into=None):
     that save_model wrote for such a model. `into` may then be half filled."""
     with open(path, "rb") as file:
         try:
-            if any(entry.compress_type for entry in zipfile.ZipFile(file).infolist()):
-                raise ValueError("it is compressed, which torch.save does not do")
+            sizes = [entry.file_size for entry in zipfile.ZipFile(file).infolist()]
+            if sum(sizes) > os.path.getsize(path):
+                raise ValueError("its content is larger than the file")
             file.seek(0)
             content = torch.load(file, map_location="cpu", weights_only=True)
             model = fill(content, into)
@@ -928,8 +933,11 @@ def fill(content, model):
     if content["format"] != PACKED_FORMAT:
         raise ValueError(f"its format is {content['format']!r}")
     config, tensors = content["config"], content["tensors"]
-    if not all(tensor.is_contiguous() for tensor in tensors.values()):
-        raise ValueError("it has views, which may claim any size")
+    for name, tensor in tensors.items():
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} is a view, which may claim any size")
+        if as_stored(name, tensor).dtype != tensor.dtype:
+            raise ValueError(f"{name} is {tensor.dtype}, which save_model never stores")
 
     is_new = model is None
     if is_new:
@@ -952,9 +960,6 @@ def fill(content, model):
             model.set_submodule(name, QuantLinear.of(linear, 2, granularity))
     pack_model(model)
 
-    # Names and shapes have to be the model's, and values as save_model stores them.
+    # Strict: names and shapes have to be the model's.
     model.load_state_dict(tensors, assign=is_new)
-    for name, tensor in stored_tensors(model).items():
-        if tensor.dtype != tensors[name].dtype or not tensor.equal(tensors[name]):
-            raise ValueError(f"{name} is not as save_model stores it")
     return model
