@@ -216,6 +216,7 @@ def _shared_dimensions(granularity):
         return (0, 1)
     if granularity == "channel":
         return (1,)
+
     raise ValueError(f"granularity must be 'tensor' or 'channel', not {granularity!r}")
 
 
@@ -298,8 +299,9 @@ class QuantLinear(nn.Linear):
     @classmethod
     def of(cls, linear, bits=2, granularity="tensor"):
         """A QuantLinear that holds the very parameters of an nn.Linear."""
+        # On the meta device nothing is allocated.
         sizes = linear.in_features, linear.out_features, linear.bias is not None
-        with torch.device("meta"):  # allocates nothing
+        with torch.device("meta"):
             layer = cls(*sizes, bits, granularity)
 
         layer.weight = linear.weight
@@ -455,8 +457,9 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(config.block_size, config.n_embd)  # positions
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
+        # The output head is tied to the token embedding.
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.lm_head.weight = self.wte.weight  # tied
+        self.lm_head.weight = self.wte.weight
 
         # Initial weights, as GPT-2's.
         for name, parameter in self.named_parameters():
@@ -514,6 +517,8 @@ class GPT(nn.Module):
             for _ in range(max_new_tokens):
                 x = self.hidden(ids, cache, start)
                 start += ids.shape[1]
+
+                # The token that follows is the next input, alone.
                 logits = self.lm_head(x[:, -1]).float()  # (B, V)
                 ids = sample(logits, temperature, top_k)
                 yield ids
@@ -612,6 +617,7 @@ def training_loss(student, teacher, ids, targets, config):
         terms = per_token_terms(logits, logits, targets)  # for want of a teacher
         return distillation_loss("gt", terms)
 
+    # L2L looks inside both.
     if config.loss == "l2l":
         student_trace = student(ids, trace=True)
         with torch.no_grad():
@@ -620,6 +626,7 @@ def training_loss(student, teacher, ids, targets, config):
         layers = layer_to_layer_loss(student_trace, teacher_trace)
         return distillation_loss("l2l", terms, layers=layers)
 
+    # All others compare the logits.
     logits = student(ids)
     with torch.no_grad():
         teacher_logits = teacher(ids)
@@ -800,11 +807,13 @@ def ternary_matmul(x, packed, scale, bias=None):
     rows = x.float().reshape(-1, width)
     y = rows.new_zeros(len(rows), out)
 
+    # Additions and subtractions alone.
     for n, row in enumerate(rows):
         added = torch.where(codes == 1, row, 0).sum(dim=1)  # (out,)
         subtracted = torch.where(codes == -1, row, 0).sum(dim=1)
         y[n] = added - subtracted
 
+    # The one multiplication.
     y = y * scale.flatten()
     if bias is not None:
         y = y + bias
@@ -845,6 +854,7 @@ class HalfHead(nn.Module):
 def pack_model(model):
     """Replaces every 2-bit QuantLinear by a PackedLinear, in place. 4-bit layers stay.
     Returns the model, in eval mode, with nothing to train."""
+    # A layer that is used under two names is packed under both.
     modules = dict(model.named_modules(remove_duplicate=False))
     layers = {n: m for n, m in modules.items() if isinstance(m, QuantLinear)}
     layers = {n: m for n, m in layers.items() if m.bits == 2}
@@ -915,6 +925,8 @@ def load_model(path, into=None):
             sizes = [entry.file_size for entry in zipfile.ZipFile(file).infolist()]
             if sum(sizes) > os.path.getsize(path):
                 raise ValueError("its content is larger than the file")
+
+            # weights_only: no code in the file is run.
             file.seek(0)
             content = torch.load(file, map_location="cpu", weights_only=True)
             model = fill(content, into)
@@ -933,6 +945,7 @@ def fill(content, model):
     if content["format"] != PACKED_FORMAT:
         raise ValueError(f"its format is {content['format']!r}")
     config, tensors = content["config"], content["tensors"]
+
     for name, tensor in tensors.items():
         if not tensor.is_contiguous():
             raise ValueError(f"{name} is a view, which may claim any size")
@@ -954,6 +967,7 @@ def fill(content, model):
         packed = tensors[f"{name}.packed"]
         if packed.dtype != torch.uint8 or (packed >> 1 & ~packed & 0b01010101).any():
             raise ValueError(f"{name} has a code that is none of -1, 0 and +1")
+
         linear = model.get_submodule(name)
         if type(linear) is nn.Linear:
             granularity = "tensor" if len(tensors[f"{name}.scale"]) == 1 else "channel"
