@@ -195,12 +195,12 @@ def configs(args, source, tokens, device):
 
 
 def all_students(student):
-    """Name -> TrainConfig for --loss all: each loss; and logit and TSLD without labels,
-    where the others see labels, so that like can be compared with like."""
-    students = {loss: replace(student, loss=loss) for loss in LOSSES}
-    if student.gt_weight > 0:
-        for loss in ("logit", "tsld"):
+    """Name -> TrainConfig for --loss all: each loss; logit and TSLD without labels too."""
+    students = {}
+    for loss in LOSSES:
+        if transcript.takes_weight(loss) and student.gt_weight > 0:
             students[f"{loss}-no-gt"] = replace(student, loss=loss, gt_weight=0.0)
+        students[loss] = replace(student, loss=loss)
     return students
 
 

@@ -118,7 +118,7 @@ def lessons_of_pairs(results):
             labels = f"{weight:g} gt" if weight else "no labels"
             lines.append(
                 f"Token scale, with {labels}: {change:+.1%} perplexity against logit, "
-                "one seed each. Two seeds of one loss differ by about 1 %."
+                "one seed each. One seed is no finding: data/evidence has several."
             )
     return lines
 
