@@ -195,7 +195,7 @@ def configs(args, source, tokens, device):
 
 
 def all_students(student):
-    """Name -> TrainConfig for --loss all: each loss; logit and TSLD without labels too."""
+    """Name -> TrainConfig for --loss all; logit and TSLD without labels as well."""
     students = {}
     for loss in LOSSES:
         if transcript.takes_weight(loss) and student.gt_weight > 0:
