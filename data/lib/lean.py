@@ -27,7 +27,7 @@ import torch
 
 from tsld import LOSSES, Terms, distillation_loss
 
-# A loss that is not of the form above has to be left out here.
+# A loss that is not of the form above would get wrong gradients: it is left out here.
 LEAN_LOSSES = [name for name in LOSSES if name != "l2l"]
 SCRATCH_BYTES = 2**27  # of the float32 logits of one model that are held at once
 
