@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
@@ -103,6 +104,23 @@ def published(state, prefix=""):
         file["lm_head.weight"] = state["wte.weight"]
 
     return file
+
+
+def save_tokenizer_of_bytes(folder):
+    """Saves a tokenizer of 256 tokens, the bytes, as transformers does. Skips the test
+    where transformers is not installed."""
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: rank for rank, letter in enumerate(alphabet)}
+    bytewise = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytewise.pre_tokenizer = byte_level
+    bytewise.decoder = tokenizers.decoders.ByteLevel()
+
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bytewise)
+    tokenizer.save_pretrained(folder)
 
 
 # --------------------------------------------------------------------------------------

@@ -43,6 +43,22 @@ def test_ratios_are_against_the_row_named_first(capsys):
     assert lines[4:] == [["base", "20.0", "1.00"], ["fast", "50.0", "2.50"]]
 
 
+def test_the_parts_of_a_file_are_all_of_it_and_none_twice(tmp_path):
+    model = tsld.pack_model(tsld.quantize_model(micro_gpt()))
+    path = tmp_path / "model.packed"
+    save_packed(path, model)
+
+    sizes = decoding.parts_of_file(path)
+    vectors = 2 * (3 * 12 + 12 + 48 + 12) + 5 * 2 * 12  # biases, and norms
+    scales = 2 * 4
+    assert sizes == {
+        "embedding, float16": 2 * 17 * 12,
+        "positions, float16": 2 * 8 * 12,
+        "ternary weights": 2 * (12 * 12 * 12) // 4,
+        "scales, biases, norms, float32": 4 * (vectors + scales),
+    }
+
+
 @pytest.mark.parametrize("name", [*training.PLAIN, *tsld.LOSSES])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_benchmarked_step_trains_the_right_model(name, dtype):

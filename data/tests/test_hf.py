@@ -898,17 +898,8 @@ def test_logits_of_a_head_with_layers_of_its_own_have_no_hidden():
 @pytest.fixture
 def folder(tmp_path):
     """A tiny OPT in bfloat16 and a tokenizer of bytes, saved as transformers does."""
-    transformers = pytest.importorskip("transformers")
-    tokenizers = pytest.importorskip("tokenizers")
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {letter: rank for rank, letter in enumerate(alphabet)}
-    bytewise = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
-    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bytewise.pre_tokenizer = byte_level
-    bytewise.decoder = tokenizers.decoders.ByteLevel()
     path = tmp_path / "tiny-opt"
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bytewise)
-    tokenizer.save_pretrained(path)
+    helpers.save_tokenizer_of_bytes(path)
 
     sizes = {"vocab_size": 256, "max_position_embeddings": 600}
     model = family("OPTForCausalLM", **sizes)

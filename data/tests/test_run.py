@@ -36,6 +36,7 @@ from data.tests.helpers import (
     refused,
     run,
     run_together,
+    save_tokenizer_of_bytes,
     softmax64,
     tiny_preset,
 )
@@ -550,18 +551,8 @@ def test_two_processes_make_the_files_and_the_table_of_one(tiny, capsys, tmp_pat
 @pytest.fixture
 def opt(tmp_path):
     """The folder of a tiny OPT and a tokenizer whose tokens are bytes."""
-    transformers = pytest.importorskip("transformers")
-    tokenizers = pytest.importorskip("tokenizers")
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {letter: rank for rank, letter in enumerate(alphabet)}
-    bytewise = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
-    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bytewise.pre_tokenizer = byte_level
-    bytewise.decoder = tokenizers.decoders.ByteLevel()
-
     path = tmp_path / "tiny-opt"
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bytewise)
-    tokenizer.save_pretrained(path)
+    save_tokenizer_of_bytes(path)
     save_opt(path, vocab_size=256)
     return path
 

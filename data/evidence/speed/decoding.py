@@ -231,6 +231,9 @@ def parts_of_file(path):
     """The bytes of a packed file's tensors, by what they are."""
     sizes = collections.Counter()
     for name, tensor in load_tensors(path)["tensors"].items():
+        if name == "lm_head.weight":
+            continue  # the embedding under its other name, stored once
+
         part = "scales, biases, norms, float32"
         if name == "wte.weight":
             part = "embedding, float16"
