@@ -3,13 +3,17 @@
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 import tsld
+from data import texts
 from data.evidence.speed import bench, decoding, gpu, llama, memory, timing, training
 from data.lib import hf
 from data.lib.files import save_packed
@@ -295,3 +299,47 @@ def test_a_width_that_llama_cpp_cannot_pack_is_refused(tmp_path, capsys, monkeyp
 def test_without_the_package_gguf_one_line_asks_for_it(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(llama.importlib.util, "find_spec", lambda name: None)
     refused([str(tmp_path), "out.gguf"], capsys, "package gguf", llama.main)
+
+
+class StandInLlama:
+    """A Llama of llama_cpp that computes with one of our models. Its tokens are the
+    remainders of bytes."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self, path, n_ctx, **options):
+        self.scores = np.zeros((n_ctx, self.model.config.vocab_size), np.float32)
+        return self
+
+    def tokenize(self, text, add_bos):
+        return [byte % self.model.config.vocab_size for byte in text]
+
+    def reset(self):
+        self.ids = []
+
+    @property
+    def n_tokens(self):
+        return len(self.ids)
+
+    def eval(self, ids):
+        self.ids += ids
+        logits = self.model(torch.tensor([self.ids])).detach()
+        self.scores[: len(self.ids)] = logits[0].numpy()
+
+
+@pytest.mark.parametrize("block, compared", [(7, 4), (64, 48), (512, 50)])
+def test_a_student_of_any_block_is_compared_on_the_text_that_can_be_had(
+    block, compared, no_network, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.setattr(texts, "DATA", tmp_path)  # without the Penn Treebank
+    model = micro_gpt(block_size=block)
+    package = SimpleNamespace(Llama=StandInLlama(model))
+    monkeypatch.setitem(sys.modules, "llama_cpp", package)
+    llama.compare(model, "model.gguf", count=600)
+
+    lines = capsys.readouterr().out.splitlines()
+    assert "pydoc" in lines[0] and lines[0].endswith(": perplexity of 600 tokens")
+    this_program, llama_cpp = re.findall(r"\d+\.\d+", lines[1])
+    assert this_program == llama_cpp
+    assert lines[2] == f"  greedy text: {compared} of {compared} tokens are the same"

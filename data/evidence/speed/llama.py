@@ -23,7 +23,7 @@ import tsld
 from data.evidence.rows import words_parser
 from data.lib import hf
 from data.lib.errors import UserError
-from data.texts import load_corpus, load_tokenizer
+from data.texts import load_corpus
 
 NAMES = {  # GPT-2's, to llama.cpp's
     "wte": "token_embd",
@@ -164,21 +164,26 @@ def add_layer(writer, name, module):
 
 
 def compare(model, path, count=2000, length=50):
-    """Perplexity of `count` tokens of the Penn Treebank's validation text, and whether
-    the greedy continuation of its first 16 tokens is the same."""
+    """Perplexity of `count` tokens of a validation text, and whether the greedy
+    continuation of its first 16 tokens, or of as many as fill half a block, is the
+    same. The text is the Penn Treebank's, or pydoc's where that cannot be had."""
     from llama_cpp import Llama
 
     block = min(512, model.config.block_size)
-    _, description, texts = load_corpus("ptb")
-    ids = load_tokenizer("gpt2").encode_ordinary(texts["valid"])[: count + 1]
     llama = Llama(path, n_ctx=block, n_batch=block, logits_all=True, verbose=False)
+
+    # The file's own vocabulary, whichever it is.
+    corpus = load_corpus(None)
+    text = corpus.parts["valid"].encode()
+    ids = llama.tokenize(text, add_bos=False)[: count + 1]
 
     nats = tsld.evaluate(model, torch.tensor(ids), block)
     llama_nats = evaluate_llama(llama, ids, block)
-    print(f"{description}: perplexity of {count} tokens")
+    print(f"{corpus.description}: perplexity of {len(ids) - 1} tokens")
     print(f"  this program {math.exp(nats):.3f}, llama.cpp {math.exp(llama_nats):.3f}")
 
-    prompt = ids[:16]
+    prompt = ids[: min(16, block // 2)]
+    length = min(length, block - len(prompt))
     text = model.generate(torch.tensor([prompt]), length, temperature=0)[0].tolist()
     llama_text = continue_llama(llama, prompt, length)
     same = sum(a == b for a, b in zip(text[len(prompt) :], llama_text[len(prompt) :]))
