@@ -14,21 +14,32 @@ All losses but L2L, which compares what lies between the layers, are
     a_n     0       1 / N            1 / N       token_scale_n / B
     b_n     1 / N   gt_weight / N    1 / N       gt_weight / N
 
+A token whose target is -100 does not count: its a_n and b_n are 0, the softmax of the
+token scale leaves it out, N is the number of tokens that count, and B is the number of
+sequences that have one.
+
 kd_n and ce_student_n are the cross-entropies of P^S_n = softmax(z_n) against P^T_n and
 against the true token y_n. With the logits z = h Wᵀ, hidden states h and head W,
 
     ∂L/∂z_ni = a_n (P^S_ni - P^T_ni) + b_n (P^S_ni - y_ni)                      (N, V)
     ∂L/∂h = ∂L/∂z W  (N, C)             ∂L/∂W = (∂L/∂z)ᵀ h  (V, C)
+
+A logit of -inf, as of a vocabulary with a mask, is no product of finite numbers and
+cannot occur here.
 """
 
 from functools import partial
 
 import torch
+from torch import nn
 
-from tsld import LOSSES, Terms, distillation_loss
+import tsld
+from tsld import LOSSES, token_scale
 
 # A loss that is not of the form above would get wrong gradients: it is left out here.
 LEAN_LOSSES = [name for name in LOSSES if name != "l2l"]
+PLAIN_HEADS = (nn.Linear, getattr(tsld, "Head", nn.Linear))
+IGNORED = -100  # the target of a token that does not count
 SCRATCH_BYTES = 2**27  # of the float32 logits of one model that are held at once
 
 
@@ -37,12 +48,13 @@ def forward_backward(student, teacher, ids, targets, config):
     with hidden(ids) and lm_head whose logits are hidden @ lm_head.weight.T.
 
     ids, targets: int64 (B, T), taken in config.accumulate parts, one after the other.
-    Adds the gradient of the batch's mean loss to the student's .grad, and returns that
-    loss, a detached 0-d tensor in nats. Raises ValueError if lean_loss does.
+    Adds the gradient of the mean of the parts' losses to the student's .grad, and
+    returns that mean, a detached 0-d tensor in nats. Raises ValueError if lean_loss
+    does, or if a head does more than multiply.
     """
     dtype = getattr(torch, config.dtype)
     mixed = dtype != torch.float32
-    batch_loss = torch.zeros((), device=ids.device)
+    batch_loss = torch.zeros((), dtype=torch.float32, device=ids.device)
 
     parts = zip(ids.chunk(config.accumulate), targets.chunk(config.accumulate))
     for part_ids, part_targets in parts:
@@ -60,11 +72,30 @@ def training_loss(student, teacher, ids, targets, config):
     teacher_output = (None, None)
     if teacher is not None and config.loss != "gt":
         with torch.no_grad():
-            teacher_output = (teacher.hidden(ids), teacher.lm_head.weight)
+            teacher_output = hidden_and_head(teacher, ids)
 
-    student_output = (student.hidden(ids), student.lm_head.weight)
+    student_output = hidden_and_head(student, ids)
     setting = (config.temperature, config.gt_weight)
     return lean_loss(config.loss, *student_output, *teacher_output, targets, *setting)
+
+
+def takes(model):
+    """Whether logits can be made of its hidden states by lm_head.weight alone."""
+    head = getattr(model, "lm_head", None)
+    if not hasattr(model, "hidden") or type(head) not in PLAIN_HEADS:
+        return False
+    return head.bias is None and not (head._forward_hooks or head._forward_pre_hooks)
+
+
+def hidden_and_head(model, ids):
+    """(B, T, C) and (V, C). Raises ValueError if the lean loss cannot be of the
+    model."""
+    if not takes(model):
+        raise ValueError(
+            "the lean loss needs hidden(ids) and an lm_head that is an nn.Linear "
+            f"without bias and hooks, which {type(model).__name__} lacks"
+        )
+    return model.hidden(ids), model.lm_head.weight
 
 
 def lean_loss(
@@ -78,111 +109,162 @@ def lean_loss(
     gt_weight=0.0,
 ):
     """distillation_loss(name, per_token_terms(...), ...) of logits = hidden @ head.T, a
-    float32 scalar in nats. Under autocast the products are taken in its type.
+    float32 scalar in nats. Under autocast the products are taken in its type. It has a
+    first derivative alone.
 
     hidden: (B, T, C), after the final norm; head: (V, C); targets: int64 (B, T). The
     teacher's get no gradient, may have another C, and are not needed for "gt". Raises
-    ValueError if there is no such loss, no teacher for it, or the shapes do not fit.
+    ValueError if there is no such loss, no teacher for it, or the shapes do not fit;
+    and on the CPU for a target out of range, where a GPU would have to be waited for.
     """
     if name not in LEAN_LOSSES:
         raise ValueError(f"loss must be one of {', '.join(LEAN_LOSSES)}, not {name!r}")
     if teacher_hidden is None and name != "gt":
         raise ValueError(f"the loss {name!r} needs a teacher")
+    check_targets(targets, len(student_head))
 
     teacher_tensors = None
     if teacher_hidden is not None:
         teacher_tensors = (teacher_hidden, teacher_head)
 
     setting = {"temperature": temperature, "gt_weight": gt_weight}
-    loss_of = partial(distillation_loss, name, **setting)  # of the terms
+    weights_of = partial(token_weights, name, targets != IGNORED, **setting)
     student_tensors = (student_hidden, student_head)
-    return _LeanLoss.apply(*student_tensors, teacher_tensors, targets, loss_of)
+    return _LeanLoss.apply(*student_tensors, teacher_tensors, targets, weights_of)
+
+
+def check_targets(targets, vocab_size):
+    """Raises ValueError if they are no targets of a vocabulary of that size."""
+    shape = tuple(targets.shape)
+    if targets.dtype != torch.int64:
+        raise ValueError(f"the targets must be torch.int64, not {targets.dtype}")
+    if targets.dim() != 2 or 0 in shape:
+        raise ValueError(f"the targets must be (B, T) and not empty, not {shape}")
+
+    # On a GPU the indexing itself fails at such a target, without being waited for.
+    if targets.is_cpu:
+        is_wrong = (targets != IGNORED) & ((targets < 0) | (targets >= vocab_size))
+        if is_wrong.any():
+            wrong = targets[is_wrong][0].item()
+            allowed = f"0 to {vocab_size - 1}, or {IGNORED}"
+            raise ValueError(f"a target must be {allowed}, not {wrong}")
+
+
+def token_weights(name, counts, ce_teacher, temperature, gt_weight):
+    """a and b of the table above, each (B, T). counts: bool (B, T)."""
+    sequences = counts.any(dim=1).sum().clamp(min=1)
+    mean = counts.float() / counts.sum().clamp(min=1)  # 1 / N, or 0
+
+    if name == "gt":
+        return torch.zeros_like(mean), mean
+    if name == "logit":
+        return mean, gt_weight * mean
+    if name == "logit_gt":
+        return mean, mean
+
+    # A sequence in which no token counts has no scale, but NaN, before the last step.
+    scale = token_scale(ce_teacher.masked_fill(~counts, -torch.inf), temperature)
+    return torch.where(counts, scale / sequences, 0), gt_weight * mean
 
 
 class _LeanLoss(torch.autograd.Function):
     """Computes the gradients, by the formulas above, together with the loss."""
 
     @staticmethod
-    def forward(ctx, hidden, head, teacher_tensors, targets, loss_of):
+    def forward(ctx, hidden, head, teacher_tensors, targets, weights_of):
         B, T = targets.shape
+        V = len(head)
         device = targets.device
-        y = targets.reshape(-1, 1)  # (N, 1)
 
         # As many rows at a time as fit the scratch memory, whole sequences if one does.
-        rows = max(1, SCRATCH_BYTES // (4 * len(head)))
+        rows = max(1, SCRATCH_BYTES // (4 * V))
         if rows >= T:
             rows -= rows % T
         rows = min(rows, B * T)
-        pieces = [slice(begin, begin + rows) for begin in range(0, B * T, rows)]
 
         dtype = head.dtype
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
-        logits_shape = (B, T, len(head))
-        student = _Output(hidden, head, logits_shape, dtype, rows)
+        student = _Output(hidden, head, (B, T, V), dtype, rows)
         teacher = None
         if teacher_tensors is not None:
-            teacher = _Output(*teacher_tensors, logits_shape, dtype, rows)
-
-        # What the pieces fill in, part by part.
-        terms = Terms(*torch.zeros(3, B, T, device=device))
-        ce_student, ce_teacher, kd = (term.view(-1) for term in terms)  # the same, (N,)
-        grad_hidden = torch.zeros_like(student.hidden)  # (N, C)
-        grad_head = torch.zeros_like(student.head, dtype=torch.float32)  # (V, C)
+            teacher = _Output(*teacher_tensors, (B, T, V), dtype, rows)
 
         with torch.autocast(device.type, enabled=False):
-            # A token's weight depends on its whole sequence. Where a piece is less than
-            # that, the teacher goes over all tokens once before.
-            if teacher is not None and rows < T:
-                for piece in pieces:
-                    log_p = teacher.log_probabilities(piece)
-                    ce_teacher[piece] = -log_p.gather(1, y[piece])[:, 0]
-
-            for piece in pieces:
-                # The terms of these rows.
-                log_p = student.log_probabilities(piece)  # (rows, V)
-                ce_student[piece] = -log_p.gather(1, y[piece])[:, 0]
-                if teacher is not None:
-                    log_p_teacher = teacher.log_probabilities(piece)  # (rows, V)
-                    ce_teacher[piece] = -log_p_teacher.gather(1, y[piece])[:, 0]
-
-                    # A softmax of log-probabilities is their exp, but faster on CPUs.
-                    p_teacher = torch.softmax(log_p_teacher, dim=-1, out=log_p_teacher)
-                    kd[piece] = -torch.einsum("ni,ni->n", p_teacher, log_p)
-
-                # ∂L/∂z = (a + b) P^S - a P^T - b y, in the memory of log P^S.
-                a, b = _token_weights(loss_of, terms.ce_teacher)  # each (N, 1)
-
-                grad_logits = torch.softmax(log_p, dim=-1, out=log_p)
-                grad_logits.mul_(a[piece] + b[piece])
-                if teacher is not None:
-                    grad_logits.addcmul_(p_teacher, a[piece], value=-1)
-                grad_logits.scatter_add_(1, y[piece], -b[piece])
-
-                # ∂L/∂h of these rows, and what they add to ∂L/∂W.
-                grad_logits = grad_logits.to(dtype)
-                grad_hidden[piece] = grad_logits @ student.head
-                grad_head += grad_logits.t() @ student.hidden[piece]
-
-        grad_hidden = grad_hidden.view(hidden.shape)
-        ctx.gradients = (grad_hidden.to(hidden.dtype), grad_head.to(head.dtype))
-        return loss_of(terms)
+            loss, *ctx.gradients = _loss_and_gradients(
+                student, teacher, targets, weights_of, rows
+            )
+        ctx.shape = hidden.shape
+        ctx.dtypes = (hidden.dtype, head.dtype)
+        return loss
 
     @staticmethod
     def backward(ctx, grad_loss):
-        grad_hidden, grad_head = ctx.gradients
-        return grad_hidden * grad_loss, grad_head * grad_loss, None, None, None
+        # With create_graph the gradients below would silently be taken for constants.
+        if torch.is_grad_enabled():
+            raise ValueError(
+                "the lean loss has no second derivative: backward(create_graph=True) "
+                "takes tsld.distillation_loss"
+            )
+
+        # In float32 until the end: a loss that is scaled for float16 is scaled here.
+        grad_hidden, grad_head = (grad * grad_loss for grad in ctx.gradients)
+        hidden_dtype, head_dtype = ctx.dtypes
+        grad_hidden = grad_hidden.view(ctx.shape).to(hidden_dtype)
+        return grad_hidden, grad_head.to(head_dtype), None, None, None
 
 
-def _token_weights(loss_of, ce_teacher):
-    """a = ∂L/∂kd and b = ∂L/∂ce_student, each (N, 1). The loss is linear in both terms,
-    so that its gradient at zero is its gradient everywhere."""
-    with torch.enable_grad():
-        kd = torch.zeros_like(ce_teacher, requires_grad=True)
-        ce_student = torch.zeros_like(ce_teacher, requires_grad=True)
-        loss = loss_of(Terms(ce_student, ce_teacher, kd))
-    weights = torch.autograd.grad(loss, (kd, ce_student), materialize_grads=True)
-    return [weight.view(-1, 1) for weight in weights]
+def _loss_and_gradients(student, teacher, targets, weights_of, rows):
+    """The loss, ∂L/∂h (N, C) and ∂L/∂W (V, C), all float32, `rows` rows at a time."""
+    N = targets.numel()
+    pieces = [slice(begin, begin + rows) for begin in range(0, N, rows)]
+    y = targets.where(targets != IGNORED, 0).view(N, 1)
+    hidden, head = student.factors_of_gradient()
+
+    # What the pieces fill in, part by part.
+    terms = torch.zeros(3, N, dtype=torch.float32, device=targets.device)
+    kd, ce_student, ce_teacher = terms
+    grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)
+    grad_head = torch.zeros_like(head, dtype=torch.float32)
+
+    # A token's weight depends on its whole sequence. Where a piece is less than that,
+    # the teacher goes over all tokens once before.
+    if teacher is not None and rows < targets.shape[1]:
+        for piece in pieces:
+            log_p = teacher.log_probabilities(piece)
+            ce_teacher[piece] = -log_p.gather(1, y[piece])[:, 0]
+
+    for piece in pieces:
+        # The terms of these rows.
+        log_p = student.log_probabilities(piece)  # (rows, V)
+        ce_student[piece] = -log_p.gather(1, y[piece])[:, 0]
+        p_teacher = None
+        if teacher is not None:
+            log_p_teacher = teacher.log_probabilities(piece)  # (rows, V)
+            ce_teacher[piece] = -log_p_teacher.gather(1, y[piece])[:, 0]
+
+            # A softmax of log-probabilities is their exp, but faster on CPUs.
+            p_teacher = torch.softmax(log_p_teacher, dim=-1, out=log_p_teacher)
+            kd[piece] = -torch.einsum("ni,ni->n", p_teacher, log_p)
+
+        # ∂L/∂z and ∂L/∂h of these rows, and what they add to ∂L/∂W.
+        a, b = (w.view(N, 1) for w in weights_of(ce_teacher.view_as(targets)))
+        grad_logits = _logits_gradient(log_p, p_teacher, a[piece], b[piece], y[piece])
+        grad_logits = grad_logits.to(head.dtype)
+        grad_hidden[piece] = grad_logits @ head
+        grad_head += grad_logits.t() @ hidden[piece]
+
+    loss = (a[:, 0] * kd + b[:, 0] * ce_student).sum()
+    return loss, grad_hidden, grad_head
+
+
+def _logits_gradient(log_p, p_teacher, a, b, y):
+    """∂L/∂z = (a + b) P^S - a P^T - b y of some rows, in the memory of log P^S."""
+    gradient = torch.softmax(log_p, dim=-1, out=log_p)
+    gradient.mul_(a + b)
+    if p_teacher is not None:
+        gradient.addcmul_(p_teacher, a, value=-1)
+    return gradient.scatter_add_(1, y, -b)
 
 
 class _Output:
@@ -192,10 +274,23 @@ class _Output:
         shape = (*hidden.shape[:-1], len(head))
         if shape != logits_shape:
             raise ValueError(f"the logits' shape is {shape}, not {logits_shape}")
+        if hidden.shape[-1] != head.shape[-1]:
+            shapes = f"{tuple(hidden.shape)} and {tuple(head.shape)}"
+            raise ValueError(f"hidden states and head are of other widths: {shapes}")
 
         self.hidden = hidden.flatten(0, 1).to(dtype)  # (N, C)
         self.head = head.to(dtype)  # (V, C)
-        self.scratch = torch.empty(rows, len(head), device=head.device)
+        self.scratch = torch.empty(
+            rows, len(head), dtype=torch.float32, device=head.device
+        )
+
+    def factors_of_gradient(self):
+        """hidden (N, C) and head (V, C) in the type that the gradient's products have.
+        The gradient of a mean over thousands of tokens is too small for float16."""
+        dtype = self.head.dtype
+        if dtype == torch.float16:
+            dtype = torch.float32
+        return self.hidden.to(dtype), self.head.to(dtype)
 
     def log_probabilities(self, piece):
         """log softmax(hidden @ head.T) of some rows, float32 (rows, V). They last until

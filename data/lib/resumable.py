@@ -152,9 +152,9 @@ def identify(model, tokens, config, teacher):
 def choose_forward_backward(student, teacher, config):
     """The one that needs less memory, if the loss and the models let it be used."""
     models = [student] if teacher is None else [student, teacher]
-    has_hidden = all(hasattr(model, "hidden") for model in models)
+    is_lean = all(lean.takes(model) for model in models)
 
-    if config.loss not in lean.LEAN_LOSSES or not has_hidden:
+    if config.loss not in lean.LEAN_LOSSES or not is_lean:
         return tsld.forward_backward
     return lean.forward_backward
 

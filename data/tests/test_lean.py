@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch.autograd.forward_ad import dual_level, make_dual
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tsld
@@ -21,25 +22,35 @@ LEAN_LOSSES = ("gt", "logit", "logit_gt", "tsld")
 
 
 def reference_loss(name, student_logits, teacher_logits, targets, temperature, weight):
-    """The loss of float64 logits (B, T, V), by its definition."""
-    log_p = student_logits.log_softmax(-1)
-    ce_student = -log_p.gather(-1, targets[..., None])[..., 0]  # (B, T)
-    if name == "gt":
-        return ce_student.mean()
+    """The loss of float64 logits (B, T, V), by its definition, one sequence after the
+    other. Tokens whose target is -100 are cut out before anything is computed."""
+    ce_student = []  # of all tokens
+    kd = []
+    scaled = []  # of each sequence
+    for z_student, z_teacher, y in zip(student_logits, teacher_logits, targets):
+        z_student, z_teacher, y = (t[y != -100] for t in (z_student, z_teacher, y))
+        if len(y) == 0:
+            continue
 
-    p_teacher = teacher_logits.detach().softmax(-1)
-    kd = -(p_teacher * log_p).sum(-1)  # (B, T)
-    if name == "logit":
-        return kd.mean() + weight * ce_student.mean()
-    if name == "logit_gt":
-        return kd.mean() + ce_student.mean()
+        log_p = z_student.log_softmax(-1)  # (n, V)
+        p_teacher = z_teacher.detach().softmax(-1)
+        kd_of_sequence = -(p_teacher * log_p).sum(-1)
+        kd += kd_of_sequence
+        ce_student += -log_p.gather(-1, y[:, None])[:, 0]
 
-    # TSLD, one sequence after the other. exp(ce / τ) is P^T[y] to the power of -1 / τ.
-    total = weight * ce_student.mean()
-    for p, y, kd_of_sequence in zip(p_teacher, targets, kd):
-        scale = p.gather(-1, y[:, None])[:, 0] ** (-1 / temperature)
-        total = total + (scale / scale.sum() * kd_of_sequence).sum() / len(targets)
-    return total
+        # exp(ce_teacher / τ) is P^T[y] to the power of -1 / τ.
+        scale = p_teacher.gather(-1, y[:, None])[:, 0] ** (-1 / temperature)
+        scaled.append((scale / scale.sum() * kd_of_sequence).sum())
+
+    gt, logit, tsld = (
+        torch.stack(values).mean() for values in (ce_student, kd, scaled)
+    )
+    return {
+        "gt": gt,
+        "logit": logit + weight * gt,
+        "logit_gt": logit + gt,
+        "tsld": tsld + weight * gt,
+    }[name]
 
 
 def random_targets(B, T, V):
@@ -58,13 +69,16 @@ def set_rows(monkeypatch, rows, V):
     monkeypatch.setattr(lean, "SCRATCH_BYTES", 4 * V * rows)
 
 
-def check_lean_loss(name, shape=(3, 5, 4, 7), tied=False, with_teacher=True):
+def check_lean_loss(
+    name, shape=(3, 5, 4, 7), tied=False, with_teacher=True, targets=None
+):
     """lean_loss and its gradients against the reference."""
-    student, teacher, targets = example(*shape)
+    student, teacher, random = example(*shape)
+    targets = random if targets is None else targets
     inner = student[0].requires_grad_()
     head = student[1].requires_grad_()
     # Where embedding and head are tied, the hidden states depend on the head as well.
-    hidden = inner + head[targets.flip(0)] if tied else 1 * inner
+    hidden = inner + head[random.flip(0)] if tied else 1 * inner
 
     logits = hidden.double() @ head.double().T
     teacher_logits = teacher[0].double() @ teacher[1].double().T
@@ -142,6 +156,56 @@ def test_the_defaults_are_the_papers_temperature_and_no_labels():
         assert loss.item() == pytest.approx(exact.item(), rel=1e-5)
 
 
+# Of 3 sequences of 5 tokens: where the targets are -100.
+IGNORED = {
+    "one token": [(1, 2)],
+    "the end of each sequence": [(slice(None), slice(3, 5)), (2, 2)],
+    "all but one token": [(0,), (1,), (2, slice(1, 5))],
+    "a whole sequence": [(1,)],
+    "a whole sequence and parts": [(0,), (1, 0), (2, slice(2, 4))],
+}
+
+
+@pytest.mark.parametrize("where", IGNORED)
+@pytest.mark.parametrize("name", LEAN_LOSSES)
+def test_tokens_with_a_target_of_minus_100_have_no_weight(name, where, monkeypatch):
+    targets = random_targets(3, 5, 7)
+    for place in IGNORED[where]:
+        targets[place] = -100
+    for rows in (2, 7, 1000):
+        set_rows(monkeypatch, rows, V=7)
+        check_lean_loss(name, targets=targets)
+        check_lean_loss(name, targets=targets, tied=True)
+
+
+@pytest.mark.parametrize("name", LEAN_LOSSES)
+def test_what_stands_at_tokens_without_weight_changes_nothing(name):
+    student, teacher, targets = example()
+    targets[1, 3:] = -100
+    outcomes = []
+    for filling in (0.0, 50.0):
+        hidden, head = (tensor.clone() for tensor in student)
+        hidden[1, 3:] = filling
+        loss = lean.lean_loss(name, hidden.requires_grad_(), head, *teacher, targets)
+        loss.backward()
+        assert not hidden.grad[1, 3:].any()
+        outcomes.append((loss, hidden.grad))
+
+    assert torch.equal(outcomes[0][0], outcomes[1][0])
+    assert torch.equal(outcomes[0][1], outcomes[1][1])
+
+
+@pytest.mark.parametrize("name", LEAN_LOSSES)
+def test_where_no_token_counts_loss_and_gradient_are_0(name):
+    student, teacher, targets = example()
+    tensors = [tensor.requires_grad_() for tensor in student]
+    loss = lean.lean_loss(name, *student, *teacher, targets.fill_(-100))
+    loss.backward()
+
+    assert loss.item() == 0
+    assert all(not tensor.grad.any() for tensor in tensors)
+
+
 class Watched(TorchDispatchMode):
     """Notes of what size and of which types the tensors are that operations make."""
 
@@ -189,6 +253,113 @@ def test_under_autocast_products_are_in_bfloat16_and_sums_in_float32(monkeypatch
     gradient = logits.grad.flatten(0, 1).T @ rounded[0].flatten(0, 1).double()
     error = (head.grad - gradient).abs().max() / gradient.abs().max()
     assert 1e-5 < error < 5e-3
+
+
+@pytest.mark.parametrize("by_autocast", [True, False])
+def test_in_float16_no_part_of_a_small_gradient_is_lost(by_autocast):
+    """A student that has nearly learnt, and 2048 tokens: many ∂L/∂z are less than the
+    smallest number of float16. A loss scaler's factor comes only afterwards."""
+    student, _, targets = example(4, 512, 8, 200)
+    teacher = [tensor.clone() for tensor in student]
+    student[0].add_(randn(4, 512, 8, seed=5), alpha=0.03)
+    if not by_autocast:
+        student, teacher = ([t.half() for t in pair] for pair in (student, teacher))
+    hidden, head = (tensor.requires_grad_() for tensor in student)
+
+    with torch.autocast("cpu", torch.float16, enabled=by_autocast):
+        loss = lean.lean_loss("tsld", hidden.half(), head, *teacher, targets)
+    (2**16 * loss).backward()
+
+    # By hand: factors and logits are rounded to float16, and nothing else.
+    rounded = [t.detach().half().double() for t in (hidden, head, *teacher)]
+    logits = (rounded[0] @ rounded[1].T).half().double().requires_grad_()
+    teacher_logits = (rounded[2] @ rounded[3].T).half().double()
+    reference_loss("tsld", logits, teacher_logits, targets, 10.0, 0.0).backward()
+    of_head = 2**16 * logits.grad.flatten(0, 1).T @ rounded[0].flatten(0, 1)
+    of_hidden = 2**16 * logits.grad @ rounded[1]
+
+    for tensor, exact in ((head, of_head), (hidden, of_hidden)):
+        error = (tensor.grad - exact).norm() / exact.norm()
+        assert error < 2e-3  # 1.2e-2 if ∂L/∂z is rounded
+        assert tensor.grad.dtype == tensor.dtype
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.float16, torch.bfloat16])
+def test_the_default_dtype_changes_nothing(default):
+    def gradients():
+        model = micro_student()
+        config = replace(BRIEF, accumulate=2)
+        loss = lean.forward_backward(model, micro_gpt(2), *micro_batch(), config)
+        return loss, gradients_of(model)
+
+    expected = gradients()
+    student = micro_student()
+    teacher = micro_gpt(2)
+    torch.set_default_dtype(default)
+    try:
+        config = replace(BRIEF, accumulate=2)
+        loss = lean.forward_backward(student, teacher, *micro_batch(), config)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(loss, expected[0])
+    assert torch.equal(gradients_of(student), expected[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_gradients_have_the_dtype_of_their_tensors_and_the_loss_is_float32(dtype):
+    student, teacher, targets = example()
+    hidden, head, *teacher = (t.to(dtype) for t in (*student, *teacher))
+    loss = lean.lean_loss(
+        "tsld", hidden.requires_grad_(), head.requires_grad_(), *teacher, targets
+    )
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert hidden.grad.dtype == head.grad.dtype == dtype
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+@pytest.mark.parametrize("name", LEAN_LOSSES)
+def test_without_gradients_the_loss_is_the_same(name, mode):
+    student, teacher, targets = example()
+    expected = lean.lean_loss(name, *student, *teacher, targets)
+    with mode():
+        loss = lean.lean_loss(name, *student, *teacher, targets)
+    assert torch.equal(loss, expected)
+    assert not loss.requires_grad
+
+
+@pytest.mark.parametrize("name", LEAN_LOSSES)
+def test_a_second_derivative_is_refused(name):
+    student, teacher, targets = example()
+    hidden = student[0].requires_grad_()
+    loss = lean.lean_loss(name, *student, *teacher, targets)
+    with pytest.raises(ValueError, match="the lean loss has no second derivative"):
+        torch.autograd.grad(loss, hidden, create_graph=True)
+
+
+def test_a_loss_may_go_backward_twice():
+    student, teacher, targets = example()
+    hidden = student[0].requires_grad_()
+    loss = lean.lean_loss("tsld", *student, *teacher, targets)
+    first, second = (
+        torch.autograd.grad(loss, hidden, retain_graph=True)[0] for _ in range(2)
+    )
+    assert torch.equal(first, second)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_derivatives_that_pytorch_cannot_take_of_it_are_refused():
+    student, teacher, targets = example()
+
+    def of(hidden):
+        return lean.lean_loss("tsld", hidden, student[1], *teacher, targets)
+
+    with pytest.raises(RuntimeError, match="vmap, grad, jvp"):
+        torch.func.vmap(of)(student[0][None])
+    with pytest.raises(RuntimeError, match="vmap, grad, jvp"):
+        torch.func.jvp(of, (student[0],), (student[0],))
+    with pytest.raises(NotImplementedError, match="forward mode"), dual_level():
+        of(make_dual(student[0], student[0]))
 
 
 @pytest.mark.parametrize("name", ["mse", "l2l"])
@@ -242,6 +413,46 @@ def test_a_teacher_of_another_vocabulary_is_refused(size):
 
     with pytest.raises(ValueError, match=rf"\(2, 3, {size}\), not \(2, 3, 5\)"):
         lean.lean_loss("tsld", *student, *teacher, targets)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0), (0, 0)], ids=str)
+def test_an_empty_batch_is_refused(shape):
+    student = (torch.zeros(*shape, 5), torch.eye(5))
+    targets = torch.zeros(shape, dtype=torch.long)
+    expected = re.escape(f"not empty, not {shape}")
+    with pytest.raises(ValueError, match=expected):
+        lean.lean_loss("gt", *student, None, None, targets)
+
+
+@pytest.mark.parametrize("wrong", [-101, -99, -1, 7, 2**40])
+def test_a_target_out_of_range_is_refused(wrong):
+    student, teacher, targets = example()
+    targets[1, 2] = wrong
+    expected = f"a target must be 0 to 6, or -100, not {wrong}$"
+    with pytest.raises(ValueError, match=expected):
+        lean.lean_loss("tsld", *student, *teacher, targets)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float32, torch.bool])
+def test_targets_that_are_not_int64_are_refused(dtype):
+    student, teacher, targets = example()
+    with pytest.raises(ValueError, match=f"must be torch.int64, not {dtype}"):
+        lean.lean_loss("tsld", *student, *teacher, targets.to(dtype))
+
+
+def test_targets_of_another_number_of_dimensions_are_refused():
+    student, teacher, targets = example()
+    with pytest.raises(
+        ValueError, match=r"must be \(B, T\) and not empty, not \(15,\)"
+    ):
+        lean.lean_loss("tsld", *student, *teacher, targets.flatten())
+
+
+def test_a_head_of_another_width_than_its_hidden_states_is_refused():
+    student, teacher, targets = example()
+    shapes = r"of other widths: \(3, 5, 5\) and \(7, 4\)"
+    with pytest.raises(ValueError, match=shapes):
+        lean.lean_loss("tsld", *student, teacher[0], student[1], targets)
 
 
 def test_a_temperature_of_0_is_refused():
@@ -338,6 +549,41 @@ def test_forward_backward_without_the_teacher_that_a_loss_needs_is_refused():
     config = replace(BRIEF, loss="tsld")
     with pytest.raises(ValueError, match="'tsld' needs a teacher"):
         lean.forward_backward(micro_student(), None, *micro_batch(), config)
+
+
+class ScaledLinear(torch.nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def other_heads():
+    """Output heads that do more than to multiply by their weight."""
+    hooked = torch.nn.Linear(12, 17, bias=False)
+    hooked.register_forward_hook(lambda head, x, y: 30 * torch.tanh(y / 30))
+    before = torch.nn.Linear(12, 17, bias=False)
+    before.register_forward_pre_hook(lambda head, x: x[0] / 2)
+    normed = torch.nn.Linear(12, 17, bias=False)
+    torch.nn.utils.parametrizations.weight_norm(normed)
+    return {
+        "bias": torch.nn.Linear(12, 17),
+        "subclass": ScaledLinear(12, 17, bias=False),
+        "quantized": tsld.QuantLinear(12, 17, bias=False),
+        "hook": hooked,
+        "hook before": before,
+        "parametrization": normed,
+        "sequence": torch.nn.Sequential(torch.nn.Linear(12, 17, bias=False)),
+        "none": None,
+    }
+
+
+@pytest.mark.parametrize("whose", ["student", "teacher"])
+@pytest.mark.parametrize("kind", other_heads())
+def test_an_output_head_that_does_more_than_multiply_is_refused(kind, whose):
+    models = {"student": micro_student(), "teacher": micro_gpt(2)}
+    models[whose].lm_head = other_heads()[kind]
+    assert not lean.takes(models[whose])
+    with pytest.raises(ValueError, match="an nn.Linear without bias and hooks, which"):
+        lean.forward_backward(*models.values(), *micro_batch(), BRIEF)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

@@ -97,6 +97,9 @@ def test_a_model_whose_logits_are_not_hidden_times_head_takes_the_losses_of_logi
     class Other(torch.nn.Module):
         pass
 
+    with_bias = micro_gpt()
+    with_bias.lm_head = torch.nn.Linear(12, 17)
+
     def chosen(student, teacher, loss):
         config = replace(BRIEF, loss=loss)
         return resumable.choose_forward_backward(student, teacher, config)
@@ -107,6 +110,8 @@ def test_a_model_whose_logits_are_not_hidden_times_head_takes_the_losses_of_logi
     assert chosen(gpt, gpt, "l2l") is tsld.forward_backward
     assert chosen(Other(), gpt, "tsld") is tsld.forward_backward
     assert chosen(gpt, Other(), "tsld") is tsld.forward_backward
+    assert chosen(with_bias, gpt, "tsld") is tsld.forward_backward
+    assert chosen(gpt, with_bias, "tsld") is tsld.forward_backward
 
 
 def test_after_each_step_the_one_who_watches_is_called_and_the_trained_model_returned(
