@@ -6,9 +6,9 @@ Language Models", NeurIPS 2023 (arXiv:2308.06744; their code: github.com/aiha-la
 A language model spends its time reading weights from memory. A weight that is -α, 0 or
 +α takes 2 bits instead of 32, and a product with it is an addition. But rounding a
 trained model that coarsely destroys it. So a ternary *student* is trained with the
-rounding in the loop (quantization-aware training, QAT). It learns to give the same
-next-token distributions as its full-precision *teacher* (distillation). TSLD says how
-much each token counts:
+rounding in the loop (quantization-aware training, QAT), to give the same next-token
+distributions as its full-precision *teacher* (distillation). TSLD says how much each
+token counts:
 
     L = Σ_n  softmax_n( -Σ_i y_ni log P^T_ni / τ )  ·  Σ_i -P^T_ni log P^S_ni
              └─ token_scale: w_n, larger where  ┘      └─ kd: cross-entropy of ┘
@@ -23,7 +23,7 @@ much each token counts:
     Δ          weights up to Δ become 0     threshold        (1, 1) or (out, 1)
     α          size of the other weights    scale            (1, 1) or (out, 1)
 
-This L is one sequence's. A batch's loss is the mean over its sequences. τ divides the
+This L is one sequence's; a batch's is the mean over its sequences. τ divides the
 teacher's cross-entropies, not logits as Hinton's temperature does. The paper prints
 τ = 1. Its experiments, and the defaults here, have 10.
 
@@ -47,9 +47,8 @@ The whole method, from a text to a packed student, in half a minute:
     ids = tsld.load_model("student.packed").generate(tokens[None, :9], 50)
     print(bytes(ids[0].tolist()).decode(errors="replace"))
 
-Rounding costs about half a nat a byte on new text, and the student wins nine tenths of
-it back. It starts as its teacher: what it learns is to live with the rounding. (Other
-losses win as much here. The toy shows how TSLD runs, not that it is better.)
+Rounding costs half a nat a byte on new text. The student, which starts as its teacher,
+wins nine tenths of it back. (So do other losses: a toy cannot show which is better.)
 
 Shapes have B sequences, T tokens, V vocabulary entries, width C and H heads. Tensors
 keep device and dtype unless a docstring says otherwise. Bad arguments raise ValueError.
@@ -58,6 +57,7 @@ keep device and dtype unless a docstring says otherwise. Bad arguments raise Val
 import math
 import os
 import zipfile
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, is_dataclass
 from typing import NamedTuple
 
@@ -75,15 +75,26 @@ class TrainingDiverged(ArithmeticError):
     """The loss or its gradient became NaN or infinite."""
 
 
+def check_ids(ids, vocab_size):
+    """Raises ValueError if ids are no tokens. (A GPU would have to be waited for.)"""
+    if not ids.is_cpu or ids.numel() == 0 or torch.compiler.is_compiling():
+        return
+
+    low, high = ids.min().item(), ids.max().item()
+    if ids.dtype != torch.int64 or low < 0 or high >= vocab_size:
+        found = f"{low} to {high} in {ids.dtype}"
+        raise ValueError(f"token ids are int64, 0 to {vocab_size - 1}, not {found}")
+
+
 # ---- 1. Losses -----------------------------------------------------------------------
 # Rounding errors add up. Attention at position n mixes the errors of all positions up
 # to n, and each block hands its errors to the next. The logits stand at the end of that
-# chain. A loss on them sees the whole accumulated error, where it matters.
+# chain: a loss on them sees the whole accumulated error.
 #
 # A distillation loss never falls to 0. The cross-entropy of student and teacher is
 #     -Σ_i P^T_i log P^S_i  =  KL(P^T ‖ P^S)  +  entropy of P^T
-# and no student changes the teacher's entropy. Its mean over the tokens is the floor of
-# the loss; in TSLD, where tokens count w_n, it is Σ_n w_n · entropy of P^T_n.
+# and no student changes the teacher's entropy. Its mean over the tokens, weighted by
+# w_n in TSLD, is the floor of the loss.
 
 # Labels; teacher's logits; logits and layers; logits and labels; scaled logits (TSLD).
 LOSSES = ("gt", "logit", "l2l", "logit_gt", "tsld")
@@ -99,19 +110,33 @@ class Terms(NamedTuple):
 
 def per_token_terms(student_logits, teacher_logits, targets):
     """Terms from logits (B, T, V) of any float dtype, and targets, int64 (B, T). No
-    gradient flows into the teacher."""
+    gradient flows into the teacher. A token whose target is -100, as padding has it,
+    counts in no loss."""
     shapes = [tuple(t.shape) for t in (student_logits, teacher_logits, targets)]
     if shapes[0] != shapes[1] or shapes[0][:-1] != shapes[2]:
         raise ValueError(f"student, teacher and targets do not fit: {shapes}")
+    ignored = targets == -100
+    check_ids(targets.masked_fill(ignored, 0), student_logits.shape[-1])
 
     log_p_student = student_logits.float().log_softmax(dim=-1)  # (B, T, V)
     log_p_teacher = teacher_logits.detach().float().log_softmax(dim=-1)  # (B, T, V)
+    p_teacher = log_p_teacher.exp()
 
-    y = targets[..., None]  # (B, T, 1)
+    y = targets.clamp(min=0)[..., None]  # (B, T, 1)
     ce_student = -log_p_student.gather(-1, y).squeeze(-1)
     ce_teacher = -log_p_teacher.gather(-1, y).squeeze(-1)
-    kd = -(log_p_teacher.exp() * log_p_student).sum(dim=-1)
-    return Terms(ce_student, ce_teacher, kd)
+
+    # Where the teacher has 0, so has the sum, even if the student's log is -∞.
+    kd = -(p_teacher * log_p_student.masked_fill(p_teacher == 0, 0)).sum(dim=-1)
+
+    ce_student = ce_student.masked_fill(ignored, 0)
+    ce_teacher = ce_teacher.masked_fill(ignored, -math.inf)
+    return Terms(ce_student, ce_teacher, kd.masked_fill(ignored, 0))
+
+
+def mean_over_tokens(values, terms):
+    """The mean of values, (B, T), over the tokens that count."""
+    return values.sum() / (terms.ce_teacher != -math.inf).sum().clamp(min=1)
 
 
 def token_scale(ce_teacher, temperature=10.0):
@@ -120,10 +145,13 @@ def token_scale(ce_teacher, temperature=10.0):
     The softmax runs over the T tokens of one sequence, not over the vocabulary and not
     over the batch: (B, T), in nats -> (B, T), each row sums to 1. At τ = 1 the weights
     are proportional to 1 / P^T[y_n]. At τ = ∞ (math.inf) all are 1 / T, which is logit
-    distillation. No gradient flows through them."""
-    if not temperature > 0:
-        raise ValueError(f"the temperature must be above 0, not {temperature}")
-    return (ce_teacher.detach() / temperature).softmax(dim=1)
+    distillation. No gradient flows through them. Padding weighs 0."""
+    if not temperature > 1e-30:  # below it, float32 would overflow
+        raise ValueError(f"the temperature must be above 1e-30, not {temperature}")
+
+    ignored = ce_teacher == -math.inf
+    scores = (ce_teacher.detach() / temperature).masked_fill(ignored, -math.inf)
+    return scores.softmax(dim=1).masked_fill(ignored, 0)
 
 
 def tsld_loss(terms, temperature=10.0, gt_weight=0.0):
@@ -139,9 +167,9 @@ def tsld_loss(terms, temperature=10.0, gt_weight=0.0):
 
     gt_weight adds gt_weight · mean(ce_student). The authors' program sums over its
     batch of 4, and adds the ground truth: up to a factor, a gt_weight of 0.25."""
-    w = token_scale(terms.ce_teacher, temperature)  # (B, T)
-    loss = (w * terms.kd).sum(dim=1).mean()
-    return loss + gt_weight * terms.ce_student.mean()
+    w = token_scale(terms.ce_teacher, temperature)  # (B, T), each row sums to 1
+    loss = (w * terms.kd).sum() / w.sum().clamp(min=1)
+    return loss + gt_weight * mean_over_tokens(terms.ce_student, terms)
 
 
 class Trace(NamedTuple):
@@ -157,11 +185,11 @@ def layer_to_layer_loss(student_trace, teacher_trace):
 
         Σ MSE(hidden states)  +  Σ MSE(attention scores)
 
-    It compares 2 n_layer + 1 pairs of tensors at all T positions; of the scores only
-    the T (T + 1) / 2 that the causal mask lets through. No gradient flows into the
-    teacher. L2L was made for encoders. In a decoder it is a poor guide: each layer has
-    to copy its teacher's, and nothing says which of its errors reach the logits, where
-    they have added up."""
+    It compares 2 n_layer + 1 pairs of tensors at all T positions, padding too; of the
+    scores only the T (T + 1) / 2 that the causal mask lets through. No gradient flows
+    into the teacher. L2L was made for encoders. In a decoder it is a poor guide: each
+    layer has to copy its teacher's, and nothing says which of its errors reach the
+    logits, where they have added up."""
     # Each hidden state is (B, T, C), each layer's scores are (B, H, T, T).
     student_tensors = [*student_trace.hidden_states, *student_trace.attention_scores]
     teacher_tensors = [*teacher_trace.hidden_states, *teacher_trace.attention_scores]
@@ -186,8 +214,8 @@ def distillation_loss(name, terms, temperature=10.0, gt_weight=0.0, layers=None)
     """The loss of a name in LOSSES (the paper's table 1), a float32 scalar.
 
     gt_weight acts on "logit" and "tsld". layers: layer_to_layer_loss, for "l2l"."""
-    gt = terms.ce_student.mean()
-    logit = terms.kd.mean()
+    gt = mean_over_tokens(terms.ce_student, terms)
+    logit = mean_over_tokens(terms.kd, terms)
 
     if name == "gt":
         return gt
@@ -197,7 +225,6 @@ def distillation_loss(name, terms, temperature=10.0, gt_weight=0.0, layers=None)
         return logit + gt
     if name == "tsld":
         return tsld_loss(terms, temperature, gt_weight)
-
     if name != "l2l":
         raise ValueError(f"the loss must be one of {', '.join(LOSSES)}, not {name!r}")
     if layers is None:
@@ -212,12 +239,11 @@ def distillation_loss(name, terms, temperature=10.0, gt_weight=0.0, layers=None)
 
 def _shared_dimensions(granularity):
     """The dimensions that share a scale. Reduced, they leave (1, 1) or (out, 1)."""
-    if granularity == "tensor":
-        return (0, 1)
-    if granularity == "channel":
-        return (1,)
-
-    raise ValueError(f"granularity must be 'tensor' or 'channel', not {granularity!r}")
+    dimensions = {"tensor": (0, 1), "channel": (1,)}
+    if granularity not in dimensions:
+        names = "'tensor' or 'channel'"
+        raise ValueError(f"granularity must be {names}, not {granularity!r}")
+    return dimensions[granularity]
 
 
 def ternarize(weight, granularity="tensor"):
@@ -316,27 +342,37 @@ class QuantLinear(nn.Linear):
         return F.linear(x, self.dequantized(), self.bias)
 
 
-def quantize_model(model, bits=2, granularity="tensor"):
+def quantize_model(model, bits=2, granularity="tensor", skip=()):
     """Replaces each nn.Linear of any torch module by a QuantLinear, in place.
 
-    As in the paper, embeddings, output head, norms and biases keep full precision. The
-    head is model.lm_head, what is named lm_head or head, or tied to an embedding.
-    Returns the model. Raises ValueError, before any change, if there is no such layer,
-    or one is of a subclass, which may compute something else."""
+    As in the paper, embeddings, norms, biases and the output head keep full precision.
+    The head is model.lm_head, model.head, or tied to an embedding. So do the modules
+    whose names are in `skip`. Returns the model. Raises ValueError, before any change,
+    if there is no such layer, or one computes something else than an nn.Linear: it is
+    of a subclass, or has hooks."""
     fake_quantize(torch.zeros(1, 1), bits, granularity)  # refuses bad arguments
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    lm_head = getattr(model, "lm_head", None)
+    modules = dict(model.named_modules(remove_duplicate=False))
+
+    # What keeps full precision.
+    exact = {getattr(model, "lm_head", None), getattr(model, "head", None)}
+    for name in skip:
+        if name not in modules:
+            raise ValueError(f"the model has no module {name!r} to skip")
+        exact.update(modules[name].modules())
+    embeddings = {id(m.weight) for m in modules.values() if isinstance(m, nn.Embedding)}
 
     layers = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if not isinstance(module, nn.Linear):
+    for name, module in modules.items():
+        if not isinstance(module, nn.Linear) or module in exact:
             continue
-        is_named_head = name.split(".")[-1] in ("lm_head", "head")
-        if is_named_head or module is lm_head or id(module.weight) in embeddings:
+        if id(module.weight) in embeddings:
             continue
 
         if type(module) not in (nn.Linear, QuantLinear):
             raise ValueError(f"{name} is a {type(module).__name__}, not an nn.Linear")
+        forward_hooks = module._forward_hooks or module._forward_pre_hooks
+        if forward_hooks or module._backward_hooks or module._backward_pre_hooks:
+            raise ValueError(f"{name} has hooks, which a QuantLinear would not have")
         layers[name] = QuantLinear.of(module, bits, granularity)
 
     if not layers or "" in layers:
@@ -352,6 +388,18 @@ def quantize_model(model, bits=2, granularity="tensor"):
 # GPT-2 (Radford et al., 2019): learned positions, a norm before each sublayer, biases
 # everywhere, GELU in its tanh approximation, and an output head that is tied to the
 # token embedding. The parameters have the names of the published weights.
+
+
+@contextmanager
+def evaluating(model):
+    """Eval mode inside; afterwards each module's own mode again."""
+    in_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in in_training:
+            module.training = True
 
 
 @dataclass
@@ -446,6 +494,13 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x)), scores
 
 
+class Head(nn.Linear):
+    """The output head. In a loaded model its weight is in float16, as in the file."""
+
+    def forward(self, x):  # (..., C) -> (..., V)
+        return F.linear(x, self.weight.to(x.dtype))
+
+
 class GPT(nn.Module):
     """GPT-2. model(ids) gives logits (B, T, V), model(ids, trace=True) a Trace, for
     ids, int64 (B, T)."""
@@ -458,7 +513,7 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
         # The output head is tied to the token embedding.
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = Head(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.wte.weight
 
         # Initial weights, as GPT-2's.
@@ -475,6 +530,7 @@ class GPT(nn.Module):
         end = start + ids.shape[1]
         if end > self.config.block_size:
             raise ValueError(f"{end} tokens exceed block_size {self.config.block_size}")
+        check_ids(ids, self.config.vocab_size)
 
         dtype = self.ln_f.weight.dtype  # a loaded model has its embeddings in float16
         x = self.wte(ids).to(dtype) + self.wpe.weight[start:end].to(dtype)
@@ -508,9 +564,7 @@ class GPT(nn.Module):
             sizes = f"a prompt of {T} tokens and {max_new_tokens} new ones"
             raise ValueError(f"{sizes} do not fit block_size {self.config.block_size}")
 
-        was_training = self.training
-        self.eval()
-        try:
+        with evaluating(self):
             # Keys and values are kept: each token is computed once.
             cache = [self.ln_f.weight.new_zeros(2, B, H, S, C // H) for _ in self.h]
             start = 0
@@ -522,8 +576,6 @@ class GPT(nn.Module):
                 logits = self.lm_head(x[:, -1]).float()  # (B, V)
                 ids = sample(logits, temperature, top_k)
                 yield ids
-        finally:
-            self.train(was_training)
 
     def generate(self, ids, max_new_tokens, temperature=1.0, top_k=None):
         """Continues each row of ids: int64 (B, T) -> (B, T + max_new_tokens)."""
@@ -669,8 +721,10 @@ def train(
     forward_backward: a cheaper way to the same loss and gradient may take its place.
     Raises TrainingDiverged, before the weights change, if the loss or its gradient is
     not finite."""
-    block_size = config.block_size or student.config.block_size
-    check_training(config, teacher, len(tokens), block_size)
+    block_size = config.block_size
+    if block_size is None:
+        block_size = student.config.block_size
+    check_training(student, tokens, config, teacher, block_size)
     device = next(student.parameters()).device
     optimizer = optimizer or make_optimizer(student, config)
     if teacher is not None:
@@ -681,8 +735,8 @@ def train(
         # Batch and dropout follow from seed and step. A resumed run draws the same.
         rng = np.random.default_rng((config.seed, step))
         batch = get_batch(tokens, config.batch_size, block_size, rng)
+        seed = rng.integers(2**62)
         ids, targets = (t.to(device) for t in batch)
-        torch.manual_seed(rng.integers(2**62))
 
         lr = learning_rate(step, config)
         for group in optimizer.param_groups:
@@ -690,35 +744,48 @@ def train(
 
         # Forward and backward.
         student.zero_grad()
-        loss = forward_backward(student, teacher, ids, targets, config)
+        with torch.random.fork_rng():  # the caller's random numbers go on as they were
+            torch.manual_seed(seed)
+            loss = forward_backward(student, teacher, ids, targets, config)
 
         # Clip and step.
         norm = nn.utils.clip_grad_norm_(student.parameters(), config.clip)
-        if not math.isfinite(loss + norm):
+        is_finite = math.isfinite(loss + norm)  # the one wait for the device
+        loss = loss.item()
+        if not is_finite:
             values = f"loss {loss:.4g}, gradient of norm {norm:.4g}"
             raise TrainingDiverged(f"{values} at step {step + 1}, rate {lr:.2e}")
         optimizer.step()
-        yield step + 1, loss.item()
+        yield step + 1, loss
 
     student.eval()
 
 
-def check_training(config, teacher, n_tokens, block_size):
-    """Raises ValueError if `train` cannot do what the configuration asks for."""
+def check_training(student, tokens, config, teacher, block_size):
+    """Raises ValueError if `train` cannot do what it is asked for."""
     if config.loss not in LOSSES:
         raise ValueError(f"the loss must be one of {LOSSES}, not {config.loss!r}")
     if teacher is None and config.loss != "gt":
         raise ValueError(f"the loss {config.loss!r} needs a teacher")
-
     if config.dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype must be float32 or bfloat16, not {config.dtype!r}")
+
     is_whole = 1 <= config.accumulate <= config.batch_size
     if not is_whole or config.batch_size % config.accumulate:
         sizes = f"batch_size {config.batch_size}, accumulate {config.accumulate}"
         raise ValueError(f"the parts of a batch must be equal, not of {sizes}")
+    if not 1 <= block_size < len(tokens):
+        sizes = f"block_size {block_size} of {len(tokens)} tokens"
+        raise ValueError(f"a sequence must be shorter than the text, not {sizes}")
 
-    if n_tokens <= block_size:
-        raise ValueError(f"{n_tokens} tokens are too few for block_size {block_size}")
+    # Steps too small for a bfloat16 weight would be lost; a shared weight would move
+    # the teacher with its student.
+    of_teacher = set() if teacher is None else set(teacher.parameters())
+    for name, parameter in student.named_parameters():
+        if parameter.requires_grad and parameter.element_size() < 4:
+            raise ValueError(f"{name} is {parameter.dtype}: train float32 weights")
+        if parameter.requires_grad and parameter in of_teacher:
+            raise ValueError(f"{name} is the teacher's as well: copy the model first")
 
 
 @torch.no_grad()
@@ -728,12 +795,11 @@ def evaluate(model, tokens, block_size):
     The text is cut into blocks of block_size tokens that do not overlap. Each token but
     the first is predicted once, from the tokens before it in its block: the first
     prediction of a block sees one token, the last block_size. tokens: int64 (n,),
-    n ≥ 2. The model's mode is left as it was."""
-    if tokens.dim() != 1 or len(tokens) < 2:
-        raise ValueError(f"a text has 2 tokens or more, not {tuple(tokens.shape)}")
+    n ≥ 2. Each module's mode is left as it was."""
+    if tokens.dim() != 1 or len(tokens) < 2 or block_size < 1:
+        sizes = f"{tuple(tokens.shape)} in blocks of {block_size}"
+        raise ValueError(f"a text has 2 tokens or more, not {sizes}")
     tokens = tokens.to(next(model.parameters(), tokens).device)
-    was_training = model.training
-    model.eval()
 
     # The last block is filled up with targets of -100, which cross_entropy skips.
     filling = -(len(tokens) - 1) % block_size
@@ -743,12 +809,10 @@ def evaluate(model, tokens, block_size):
     # As many blocks at a time as have 2048 tokens: it bounds the logits' memory.
     total = 0.0
     rows = max(1, 2048 // block_size)
-    for ids, y in zip(inputs.split(rows), targets.split(rows), strict=True):
-        logits = model(ids).float().flatten(0, 1)  # (rows · block_size, V)
-        nats = F.cross_entropy(logits, y.flatten(), ignore_index=-100, reduction="sum")
-        total += nats.item()
-
-    model.train(was_training)
+    with evaluating(model):
+        for ids, y in zip(inputs.split(rows), targets.split(rows), strict=True):
+            logits = model(ids).float().flatten(0, 1)  # (rows · block_size, V)
+            total += F.cross_entropy(logits, y.flatten(), reduction="sum").item()
     return total / (len(tokens) - 1)
 
 
@@ -773,6 +837,8 @@ def bits_per_byte(nats_per_token, tokens, bytes):
 def pack_ternary(codes):
     """codes: int8 (out, in) in {-1, 0, +1} -> uint8 (out, ceil(in / 4)). Where in is
     no multiple of 4, codes of 0 fill the last byte."""
+    if not codes.is_meta and ((codes < -1) | (codes > 1)).any():
+        raise ValueError(f"codes are -1, 0 and +1, not {codes.unique().tolist()}")
     out, width = codes.shape
     K = math.ceil(width / 4)  # bytes in a row
     bits = F.pad(codes & 0b11, (0, 4 * K - width)).to(torch.uint8).view(out, K, 4)
@@ -840,32 +906,24 @@ class PackedLinear(nn.Module):
         return ternary_matmul(x, self.packed, self.scale, self.bias)
 
 
-class HalfHead(nn.Module):
-    """The output head of a loaded model, whose weight stays in float16 as stored."""
-
-    def __init__(self, weight):
-        super().__init__()
-        self.weight = weight  # float16 (V, C)
-
-    def forward(self, x):  # (..., C) -> (..., V)
-        return F.linear(x, self.weight.to(x.dtype))
-
-
 def pack_model(model):
     """Replaces every 2-bit QuantLinear by a PackedLinear, in place. 4-bit layers stay.
     Returns the model, in eval mode, with nothing to train."""
-    # A layer that is used under two names is packed under both.
     modules = dict(model.named_modules(remove_duplicate=False))
     layers = {n: m for n, m in modules.items() if isinstance(m, QuantLinear)}
     layers = {n: m for n, m in layers.items() if m.bits == 2}
     if not layers:
         raise ValueError("there is no 2-bit QuantLinear to pack: see quantize_model")
 
+    packed = {}  # once for each weight, which two layers may share
     for name, layer in layers.items():
-        codes, scale = ternarize(layer.weight, layer.granularity)
+        if layer.weight not in packed:
+            codes, scale = ternarize(layer.weight, layer.granularity)
+            packed[layer.weight] = pack_ternary(codes), scale
+
         bias = None if layer.bias is None else layer.bias.detach()
-        packed = PackedLinear(layer.in_features, pack_ternary(codes), scale, bias)
-        model.set_submodule(name, packed)
+        ternary = PackedLinear(layer.in_features, *packed[layer.weight], bias)
+        model.set_submodule(name, ternary)
 
     return model.requires_grad_(False).eval()
 
@@ -898,6 +956,7 @@ def as_stored(name, tensor):
 def save_model(path, model):
     """Writes a packed model, whole or not at all. Raises ValueError, the old file left
     as it was, if not all is packed, or a value is not finite as it is stored."""
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     layers = [m for m in model.modules() if isinstance(m, PackedLinear)]
     if not layers or any(isinstance(m, QuantLinear) for m in model.modules()):
         raise ValueError("the model is not packed, or not all of it: see pack_model")
@@ -935,8 +994,6 @@ def load_model(path, into=None):
             message = f"{path} is no such packed model: {reason:.200}"
             raise CheckpointError(message) from None
 
-    if into is None:
-        model.lm_head = HalfHead(model.wte.weight)
     return model.requires_grad_(False).eval().cpu()
 
 
@@ -976,4 +1033,6 @@ def fill(content, model):
 
     # Strict: names and shapes have to be the model's.
     model.load_state_dict(tensors, assign=is_new)
+    if is_new and torch.equal(model.lm_head.weight, model.wte.weight):
+        model.lm_head.weight = model.wte.weight  # one parameter, as it was
     return model

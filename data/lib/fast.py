@@ -4,7 +4,7 @@ A new token takes one row of activations through every matrix of the model, and 
 from one position to those before it. speed_up replaces three kinds of layers by
 subclasses that call fast.c for such a token:
 
-    PackedLinear -> FastLinear     HalfHead -> FastHead     Attention -> FastAttention
+    PackedLinear -> FastLinear     Head -> FastHead         Attention -> FastAttention
 
 Whatever else comes to them (several rows, a gradient, a GPU) is left to PyTorch.
 """
@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tsld import Attention, HalfHead, PackedLinear, unpack_ternary
+from tsld import Attention, Head, PackedLinear, unpack_ternary
 
 SOURCE = Path(__file__).with_name("fast.c")
 ROWS = 64  # of a ternary matrix stand side by side
@@ -81,7 +81,7 @@ def in_c(layer):
     """The layer that does in C what this one does, or this one."""
     if type(layer) is PackedLinear and FastLinear.fits(layer):
         return FastLinear(layer)
-    if type(layer) is HalfHead:
+    if type(layer) is Head and layer.weight.dtype == torch.float16:
         return FastHead(layer)
     if type(layer) is Attention:
         return FastAttention(layer)
@@ -177,12 +177,12 @@ class FastLinear(PackedLinear):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
-class FastHead(HalfHead):
-    """A HalfHead that multiplies one row in C, and several rows in parts."""
+class FastHead(Head):
+    """A Head that multiplies one row in C, and several rows in parts."""
 
     def __init__(self, head):
-        super().__init__(head.weight)
-        self.training = head.training
+        nn.Module.__init__(self)
+        vars(self).update(vars(head))  # takes over its weight and settings
 
     def forward(self, x):  # (..., C) -> (..., V), in x's dtype
         weight = self.weight
