@@ -137,6 +137,7 @@ class Setup:
     corpus: str
     source: Source
     tokens: dict  # part -> int64 (n,); "student" is the share that the student sees
+    size: dict  # part -> bytes of its tokens but the first, where it is a text
     examples: list | None  # of --task, to evaluate on
     teacher: TrainConfig
     student: TrainConfig
@@ -149,12 +150,12 @@ def set_up(args):
     with first_process_first():  # it downloads, the others find
         corpus, texts, examples = load_texts(args.data, args.task)
         source = choose_source(args, device)
-    tokens = encode(texts, source, args.student_tokens or source.preset.student_tokens)
+    tokens, size = encode(texts, source, args.student_tokens)
     teacher, student = configs(args, source, tokens, device)
     students = all_students(student) if args.loss == "all" else {args.loss: student}
     check_space(check_folder(args.out), source.model, 1 + len(students))
     setup = Setup(
-        args, device, corpus, source, tokens, examples, teacher, student, students
+        args, device, corpus, source, tokens, size, examples, teacher, student, students
     )
     ternary = count_ternary(quantized(setup, source.model))
     transcript.print_setup(source.model, ternary, student, device)
@@ -226,16 +227,15 @@ def choose_source(args, device):
 def score(setup, model, parts=("valid", "test")):
     """part -> {"ppl": perplexity per token, "bpb": bits per byte}. A task has one part,
     of its right answers, with accuracies. Raises TrainingDiverged."""
-    model = spread(model, setup.device)
-    tokenizer, block_size = setup.source.tokenizer, setup.student.block_size
+    model, block_size = spread(model, setup.device), setup.student.block_size
     if setup.examples is not None:
-        scores = score_task(model, tokenizer, setup.examples, block_size)
-        return {parts[0]: scores}
+        tokenizer = setup.source.tokenizer
+        return {parts[0]: score_task(model, tokenizer, setup.examples, block_size)}
 
     scores = {}
     for part in parts:
-        ids = setup.tokens[part]
-        scores[part] = score_text(model, tokenizer, ids, block_size)
+        n_bytes = setup.size.get(part)
+        scores[part] = score_text(model, setup.tokens[part], block_size, n_bytes)
     return scores
 
 

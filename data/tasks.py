@@ -242,6 +242,7 @@ class Choice(NamedTuple):
 
     context: tuple  # the model's input, whose last outputs predict the choice
     ids: tuple
+    size: int  # the bytes of the text that ids stand for
     is_cut: bool  # the prompt has lost its beginning
 
 
@@ -253,8 +254,9 @@ def no_progress(text):
 def evaluate_task(model, tokenizer, examples, block_size, show=no_progress):
     """Scores a model, and puts it into evaluation mode. `show` gets lines of progress.
 
-    Returns four things: -log P of all right answers together, in nats; their token ids;
-    how many examples are too long for a block and lose their beginning; and a dict.
+    Returns five things: -log P of all right answers together, in nats; how many tokens
+    they have; how many bytes; how many examples are too long for a block and lose their
+    beginning; and a dict.
         accuracy  share of examples whose right choice is the likeliest one;
                   of free answers, share of exact matches, and nothing else
         acc_norm  share of examples whose right choice is the likeliest per byte
@@ -276,8 +278,9 @@ def evaluate_task(model, tokenizer, examples, block_size, show=no_progress):
     # The right answers are a text, and have a perplexity.
     right = [row[example.answer] for row, example in zip(choices, examples)]
     nats = sum(nats_of[choice] for choice in right)
-    ids = [token for choice in right for token in choice.ids]
-    return nats, ids, int(is_cut.sum()), scores
+    n_tokens = sum(len(choice.ids) for choice in right)
+    n_bytes = sum(choice.size for choice in right)
+    return nats, n_tokens, n_bytes, int(is_cut.sum()), scores
 
 
 def encode(tokenizer, example, block_size):
@@ -286,12 +289,21 @@ def encode(tokenizer, example, block_size):
 
     choices = []
     for text in example.choices:
-        ids = tuple(tokenizer.encode_ordinary(f"{example.prompt} {text}"))
+        whole = f"{example.prompt} {text}"
+        ids = tokenizer.encode_ordinary(whole)
 
         # The last token is predicted, and no input.
-        context = ids[-block_size - 1 : -1]
-        answer = ids[prompt_length:][-block_size:]
-        choices.append(Choice(context, answer, is_cut=len(ids) > block_size + 1))
+        context = tuple(ids[-block_size - 1 : -1])
+        answer = tuple(ids[prompt_length:][-block_size:])
+
+        # An answer that does not fit has lost its beginning as well.
+        size = len(f" {text}".encode())
+        if len(ids) - prompt_length > block_size:
+            lost = len(ids) - block_size
+            size = len(whole.encode()) - tokenizer.size_before(whole, ids, lost)
+
+        is_cut = len(ids) > block_size + 1
+        choices.append(Choice(context, answer, size, is_cut))
     return choices
 
 

@@ -4,6 +4,7 @@ A text is the Penn Treebank, the language reference inside Python, or one of the
 README.md beside this file says where each comes from."""
 
 import base64
+import codecs
 import contextlib
 import hashlib
 import os
@@ -18,6 +19,7 @@ import tiktoken
 import torch
 
 from data.lib.errors import UserError
+from data.lib.tokenizers import BytePairTokenizer
 
 DATA = Path(__file__).resolve().parent
 
@@ -51,6 +53,8 @@ def load_corpus(choice):
     Treebank or, where it cannot be had, pydoc.
 
     Raises UserError if the corpus that was asked for cannot be had."""
+    if choice == "ptb":
+        return load_ptb_or_say_how()
     if choice is not None:
         return load_chosen(choice, "as asked for")
 
@@ -59,6 +63,15 @@ def load_corpus(choice):
         return load_chosen("ptb", "the default where it can be had")
     except UserError as error:
         return load_chosen("pydoc", f"instead of the Penn Treebank: {error}")
+
+
+def load_ptb_or_say_how():
+    try:
+        return load_chosen("ptb", "as asked for")
+    except UserError as error:
+        files = ", ".join(f"ptb.{part}.txt" for part in PARTS)
+        remedy = f"it takes {files} there; --data pydoc takes no file"
+        raise UserError(f"{error}; {remedy}") from error
 
 
 def load_chosen(choice, reason):
@@ -116,11 +129,6 @@ def load_path(path):
 def read_parts(path):
     if path.is_dir():
         return read_folder(path)
-
-    # A pipe or a device may never end.
-    if path.exists() and not path.is_file():
-        raise UserError(f"--data {path} is no file and no folder")
-
     return split_text(read_utf8(path))
 
 
@@ -136,7 +144,11 @@ def read_folder(path):
 
 
 def read_utf8(path):
-    """The bytes of a file of UTF-8 text."""
+    """The bytes of a file of UTF-8 text, without the byte-order mark that some programs
+    begin it with."""
+    # A pipe or a device may never end.
+    if path.exists() and not path.is_file():
+        raise UserError(f"--data {path} is no file and no folder")
     content = path.read_bytes()
 
     # The whole is decoded, so that the position is that in the file.
@@ -144,9 +156,18 @@ def read_utf8(path):
         content.decode()
     except UnicodeDecodeError as error:
         place = f"{error.reason} at byte {error.start}"
-        raise UserError(f"--data {path} is not UTF-8 text: {place}") from error
+        raise not_utf8(path, place) from error
 
-    return content
+    # UTF-16 and UTF-32 are mostly zero bytes, which are UTF-8 as well.
+    if b"\0" in content:
+        place = f"a zero byte at byte {content.index(0)}"
+        raise not_utf8(path, place)
+
+    return content.removeprefix(codecs.BOM_UTF8)
+
+
+def not_utf8(path, place):
+    return UserError(f"--data {path} is not UTF-8 text ({place}): convert it to UTF-8")
 
 
 def split_text(content):
@@ -182,6 +203,8 @@ def fetch(urls, path, sha256):
     it, and returns `path`. Its SHA-256, if that is not None, is checked every time.
 
     Raises UserError if no URL has the file, or if the SHA-256 is another one."""
+    if path.exists() and not path.is_file():  # a pipe may never end
+        raise UserError(f"{path} is no file: delete it")
     if not path.exists():
         download(urls, path, sha256)
     if sha256 is None:
@@ -215,7 +238,8 @@ def download(urls, path, sha256):
 
     # Files of one host mostly fail for one reason, which is said once.
     causes = "; ".join(dict.fromkeys(problems))
-    raise UserError(f"{path.name} cannot be downloaded ({causes})")
+    remedy = f"go online once, or copy it into {path.parent}"
+    raise UserError(f"{path.name} cannot be downloaded ({causes}): {remedy}")
 
 
 @contextlib.contextmanager
@@ -243,22 +267,29 @@ def load_tokenizer(name):
     """Loads the tokenizer "bpe2048", which is here, or "gpt2", which tiktoken downloads
     once. Both are byte-level BPE: every text comes back from its tokens as it was.
 
-    Returns a tiktoken.Encoding with one attribute more: end_of_text, a token.
-    Raises UserError if the vocabulary cannot be downloaded."""
+    Returns a BytePairTokenizer. Raises UserError if the vocabulary cannot be had."""
     if name == "bpe2048":
         return load_small_tokenizer()
 
     # tiktoken keeps what it downloads there, where a run without a network finds it.
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(DATA / "tiktoken"))
     try:
-        tokenizer = tiktoken.get_encoding(name)
-    except OSError as error:
+        found = tiktoken.get_encoding(name)
+    except (OSError, ValueError) as error:  # ValueError: another SHA-256
         # In brackets behind it requests says the same with addresses in memory.
         cause = str(error).partition("(Caused by")[0].strip()
-        message = f"GPT-2's vocabulary cannot be downloaded ({cause})"
-        raise UserError(f"{message}: go online once, or use --model tiny") from error
+        folder = os.environ["TIKTOKEN_CACHE_DIR"]
+        remedy = f"go online once, copy {folder} from a machine that was online, "
+        message = f"GPT-2's vocabulary cannot be downloaded ({cause}): {remedy}"
+        raise UserError(f"{message}or use --model tiny") from error
 
-    tokenizer.end_of_text = tokenizer.eot_token
+    tokenizer = BytePairTokenizer(
+        name,
+        pat_str=found._pat_str,
+        mergeable_ranks=found._mergeable_ranks,
+        special_tokens=found._special_tokens,
+    )
+    tokenizer.end_of_text = found.eot_token
     return tokenizer
 
 
@@ -270,7 +301,7 @@ def load_small_tokenizer():
         token, rank = line.split()
         ranks[base64.b64decode(token)] = int(rank)
 
-    tokenizer = tiktoken.Encoding(
+    tokenizer = BytePairTokenizer(
         "bpe2048", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={}
     )
     tokenizer.end_of_text = ranks[b"\0"]

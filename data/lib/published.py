@@ -38,7 +38,7 @@ def load_published(name, model):
     try:
         fetch([url], path, PUBLISHED[name])
     except UserError as error:
-        message = f"{error}: go online once, or use --init scratch"
+        message = f"{error}, or use --init scratch"
         raise UserError(message) from None
 
     weights = load_gpt2(path).state_dict()

@@ -13,21 +13,22 @@ from data.lib.progress import show_progress
 from tsld import QuantLinear
 
 
-def score_text(model, tokenizer, ids, block_size):
+def score_text(model, ids, block_size, n_bytes=None):
     """{"ppl": perplexity per token, "bpb": bits per byte} of a text. ids: int64 (n,).
+    n_bytes: of all tokens but the first; where they are not counted there is no "bpb".
     Raises TrainingDiverged if the perplexity is not finite."""
     nats = tsld.evaluate(model, ids, block_size)
-    return units(nats, ids[1:].tolist(), tokenizer)
+    return units(nats, len(ids) - 1, n_bytes)
 
 
 def score_task(model, tokenizer, examples, block_size):
     """The same of a task's right answers, together with its accuracies."""
-    total, predicted, n_cut, accuracies = tasks.evaluate_task(
+    nats, n_tokens, n_bytes, n_cut, accuracies = tasks.evaluate_task(
         model, tokenizer, examples, block_size, show_progress
     )
     cut = f", {n_cut} of them cut to a block of {block_size}" if n_cut else ""
     show_progress(f"scored {len(examples)} examples{cut}", last=True)
-    return units(total / len(predicted), predicted, tokenizer) | accuracies
+    return units(nats / n_tokens, n_tokens, n_bytes) | accuracies
 
 
 def perplexity(nats):
@@ -35,14 +36,16 @@ def perplexity(nats):
     return torch.tensor(nats).exp().item()
 
 
-def units(nats, predicted, tokenizer):
-    """nats: the mean over the predicted tokens, a list of ids."""
+def units(nats, n_tokens, n_bytes):
+    """nats: the mean over the predicted tokens. n_tokens, n_bytes: how many these are,
+    and the bytes that they stand for; None where nobody has counted them."""
     if not nats < math.log(sys.float_info.max):
         raise tsld.TrainingDiverged(f"the text costs {nats} nats per token")
 
-    size = len(tokenizer.decode_bytes(predicted))
-    bpb = tsld.bits_per_byte(nats, len(predicted), size)
-    return {"ppl": math.exp(nats), "bpb": bpb}
+    scores = {"ppl": math.exp(nats)}
+    if n_bytes is not None:
+        scores["bpb"] = tsld.bits_per_byte(nats, n_tokens, n_bytes)
+    return scores
 
 
 def count_parameters(model):

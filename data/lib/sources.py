@@ -28,16 +28,24 @@ def load_texts(corpus, task):
 
 
 def encode(texts, source, n_student):
-    """part -> token ids, int64 (n,). "student" is the beginning of "train", n_student
-    tokens if that is not None. Raises UserError if a text is too short."""
-    tokens = {}
+    """Two dicts: part -> token ids, int64 (n,), and part -> how many bytes of the text
+    all tokens but the first stand for, for the parts that are scored as texts.
+
+    "student" is the beginning of "train": n_student tokens, those of the preset where
+    that is None, or all. Raises UserError if a text is too short."""
+    tokens, sizes = {}, {}
     for part in PARTS:
-        if isinstance(texts[part], str):
-            ids = source.tokenizer.encode_ordinary(texts[part])
+        text = texts[part]
+        if isinstance(text, str):
+            ids = source.tokenizer.encode_ordinary(text)
         else:
-            ids = tasks.training_text(source.tokenizer, texts[part])
+            ids = tasks.training_text(source.tokenizer, text)
         tokens[part] = torch.tensor(ids)
-    tokens["student"] = tokens["train"][:n_student]
+
+        if isinstance(text, str) and part != "train":
+            first = source.tokenizer.size_before(text, ids, 1)
+            sizes[part] = len(text.encode()) - first
+    tokens["student"] = tokens["train"][: n_student or source.preset.student_tokens]
 
     for part, ids in tokens.items():
         is_trained_on = part in ("train", "student")
@@ -45,7 +53,7 @@ def encode(texts, source, n_student):
         if len(ids) < least:
             counts = f"{len(ids)} tokens, and it takes {least} or more"
             raise UserError(f"the {part} text is too short: {counts}")
-    return tokens
+    return tokens, sizes
 
 
 @dataclass

@@ -1,14 +1,50 @@
-"""Tokenizers of transformers come in with tiktoken's methods, and those of tiktoken go
-out as transformers reads them."""
+"""Tokenizers of tiktoken and of transformers with the same methods. Those of tiktoken
+go out as transformers reads them."""
 
 import json
+import re
 from pathlib import Path
+
+import tiktoken
 
 from data.lib.errors import UserError
 
+# What tiktoken's patterns call white space. A run of so much of it is long.
+SPACE = "[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
+LONG_RUN = re.compile(f"(?<!{SPACE}){SPACE}{{10000,}}")
+
+
+class BytePairTokenizer(tiktoken.Encoding):
+    """A tokenizer of tiktoken that takes any text, and a token that ends one."""
+
+    end_of_text = None  # a token, which load_tokenizer sets
+
+    def encode_ordinary(self, text):
+        """The text's ids, a list. Other than tiktoken's it does not fail where white
+        space goes on for a million characters; the ids are the same."""
+        ids = []
+        start = 0
+
+        for run in LONG_RUN.finditer(text):
+            # The pattern takes a run as one word, but for the last character where a
+            # word follows, which may begin with it.
+            end = run.end()
+            if end < len(text):
+                end -= 1
+
+            ids += super().encode_ordinary(text[start : run.start()])
+            ids += self._encode_single_piece(text[run.start() : end])
+            start = end
+
+        return ids + super().encode_ordinary(text[start:])
+
+    def size_before(self, text, ids, count):
+        """How many bytes of a text the first `count` of its ids stand for."""
+        return len(self.decode_bytes(ids[:count]))
+
 
 class TransformersTokenizer:
-    """A tokenizer of transformers with the methods of a tiktoken.Encoding.
+    """A tokenizer of transformers with the methods of a BytePairTokenizer.
 
     name: what it was loaded from. wrapped: the tokenizer itself. vocab_size: the tokens
     that its model has an embedding of. end_of_text: the token that ends a text, that of
@@ -41,14 +77,26 @@ class TransformersTokenizer:
     def decode(self, ids):
         return self.wrapped.decode(ids)
 
-    def decode_bytes(self, ids):
-        return self.decode(ids).encode()
+    def size_before(self, text, ids, count):
+        """How many bytes of a text the first `count` of its ids stand for. A text need
+        not come back from its tokens as it was, so these are not decoded, unless the
+        tokenizer cannot say where in the text they stand."""
+        if count == 0:
+            return 0
+        if not getattr(self.wrapped, "is_fast", False):
+            return min(len(self.decode(ids[:count]).encode()), len(text.encode()))
+
+        encoded = self.wrapped(
+            text, add_special_tokens=False, return_offsets_mapping=True
+        )
+        end = encoded["offset_mapping"][count - 1][1]
+        return len(text[:end].encode())
 
 
 def save_tokenizer(tokenizer, folder):
     """Writes a tokenizer into a folder, as transformers reads it.
 
-    tokenizer: a TransformersTokenizer, or a tiktoken.Encoding, which becomes
+    tokenizer: a TransformersTokenizer, or a BytePairTokenizer, which becomes
     tokenizer.json and tokenizer_config.json.
     """
     if isinstance(tokenizer, TransformersTokenizer):

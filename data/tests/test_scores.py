@@ -33,11 +33,12 @@ def test_perplexity_is_per_token_and_bits_are_per_byte(model, small_vocabulary):
 
     first = small_vocabulary.decode_single_token_bytes(ids[0].item())
     n_bytes = len(WORDS) - len(first)
-    found = scores.score_text(model, small_vocabulary, ids, 8)
+    found = scores.score_text(model, ids, 8, n_bytes)
 
     assert found.keys() == {"ppl", "bpb"}
     assert found["ppl"] == pytest.approx(math.exp(nats / (len(ids) - 1)), rel=1e-5)
     assert found["bpb"] == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-5)
+    assert scores.score_text(model, ids, 8) == {"ppl": found["ppl"]}  # nobody counted
 
 
 def test_a_task_has_the_scores_of_its_right_answers_and_its_accuracies(
@@ -69,9 +70,9 @@ def test_without_a_cut_none_is_spoken_of(small_vocabulary, capsys):
 
 
 @pytest.mark.parametrize("nats", [math.nan, math.inf, 710.0])
-def test_a_perplexity_that_is_no_number_is_refused(nats, small_vocabulary):
+def test_a_perplexity_that_is_no_number_is_refused(nats):
     with pytest.raises(tsld.TrainingDiverged, match=f"costs {nats} nats per token"):
-        scores.units(nats, [1, 2], small_vocabulary)
+        scores.units(nats, 2, 5)
 
 
 def test_a_perplexity_that_is_only_shown_may_be_infinite():

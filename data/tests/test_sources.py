@@ -58,14 +58,17 @@ def test_a_task_is_trained_on_its_training_examples_and_evaluated_on_the_others(
 
 def a_source(block_size):
     """As many tokens as characters, and sequences of so many."""
-    tokenizer = SimpleNamespace(encode_ordinary=lambda text: [ord(c) for c in text])
+    tokenizer = SimpleNamespace(
+        encode_ordinary=lambda text: [ord(c) for c in text],
+        size_before=lambda text, ids, count: len(text[:count].encode()),
+    )
     preset = sources.with_block_size(TINY, block_size)
     return sources.Source("tiny", None, tokenizer, preset, "scratch")
 
 
 def test_texts_become_tokens_and_the_student_sees_the_first_of_them():
     parts = {"train": "abcdef", "valid": "xy", "test": "é!"}
-    tokens = sources.encode(parts, a_source(4), n_student=5)
+    tokens, size = sources.encode(parts, a_source(4), n_student=5)
     found = {part: ids.tolist() for part, ids in tokens.items()}
 
     assert found == {
@@ -75,7 +78,10 @@ def test_texts_become_tokens_and_the_student_sees_the_first_of_them():
         "test": [233, 33],
     }
     assert tokens["train"].dtype == torch.int64
-    assert len(sources.encode(parts, a_source(4), n_student=None)["student"]) == 6
+    assert size == {"valid": 1, "test": 1}  # the bytes of what follows "x" and "é"
+
+    tokens, _ = sources.encode(parts, a_source(4), n_student=None)
+    assert len(tokens["student"]) == 6
 
 
 def test_examples_become_a_text_of_prompts_and_right_answers(small_vocabulary):
@@ -83,7 +89,9 @@ def test_examples_become_a_text_of_prompts_and_right_answers(small_vocabulary):
     source = a_source(4)
     source.tokenizer = small_vocabulary
     ids = tasks.training_text(small_vocabulary, QUESTIONS)
-    assert sources.encode(parts, source, None)["valid"].tolist() == [*ids]
+    tokens, size = sources.encode(parts, source, None)
+    assert tokens["valid"].tolist() == [*ids]
+    assert size == {}  # a task's scores count the bytes of its answers
 
 
 @pytest.mark.parametrize(

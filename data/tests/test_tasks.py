@@ -360,9 +360,10 @@ def test_a_tasks_scores_are_the_choices_log_likelihoods(block_size, small_vocabu
 
     result = evaluate_task(model, small_vocabulary, QUESTIONS, block_size)
     assert result[0] == pytest.approx(total, rel=1e-5)
-    assert result[1] == tokens
-    assert result[2] == cut
-    assert result[3] == {"accuracy": likeliest / 4, "acc_norm": likeliest_per_byte / 4}
+    assert result[1] == len(tokens)
+    assert result[2] == len(small_vocabulary.decode_bytes(tokens))
+    assert result[3] == cut
+    assert result[4] == {"accuracy": likeliest / 4, "acc_norm": likeliest_per_byte / 4}
 
 
 def test_a_task_is_scored_without_dropout_and_without_a_graph(small_vocabulary):
@@ -386,7 +387,7 @@ def test_a_prompt_is_cut_where_the_block_cannot_predict_every_token_after_the_fi
     for block_size, cut in ((length, 0), (length - 1, 0), (length - 2, 1)):
         model = task_model(block_size)
         result = evaluate_task(model, small_vocabulary, [example], block_size)
-        assert result[2] == cut
+        assert result[3] == cut
 
 
 def test_a_choice_is_as_long_as_its_bytes():
@@ -524,7 +525,7 @@ def test_a_free_answer_matches_where_its_number_is_the_answers(
     examples = [Example(prompt, (answer,), 0) for prompt in prompts]
 
     result = evaluate_task(model, small_vocabulary, examples * 70, 256)
-    assert result[3] == {"accuracy": is_right / 2}
+    assert result[4] == {"accuracy": is_right / 2}
     assert model.largest_batch == 64  # of 70 that have one length
 
 
@@ -590,4 +591,4 @@ def test_a_question_is_cut_where_its_answer_leaves_no_room(small_vocabulary):
 
         example = Example(prompt, (answer,), 0)
         result = evaluate_task(model, small_vocabulary, [example] * 3, 16)
-        assert result[2] == 3 * is_cut
+        assert result[3] == 3 * is_cut

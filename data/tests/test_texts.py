@@ -3,11 +3,11 @@
 import os
 import socket
 from pydoc_data.topics import topics
-from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
 import pytest
+import tiktoken
 import torch
 
 from data import texts
@@ -66,7 +66,8 @@ def test_ptb_that_cannot_be_had_is_replaced_by_pydoc_or_refused_if_asked_for(
     assert cause in corpus.description
     assert corpus.parts == texts.load_corpus("pydoc").parts
 
-    with pytest.raises(UserError, match=f"ptb.train.txt .*{cause}"):
+    remedy = "it takes ptb.train.txt, ptb.valid.txt, ptb.test.txt there; --data pydoc "
+    with pytest.raises(UserError, match=f"ptb.train.txt .*{cause}.*{remedy}"):
         texts.load_corpus("ptb")
 
 
@@ -136,9 +137,6 @@ def test_a_text_that_is_missing_empty_or_not_utf8_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"^--data .*nowhere.txt: No such file"):
         texts.load_path(tmp_path / "nowhere.txt")
 
-    with pytest.raises(UserError, match="null is no file and no folder"):
-        texts.load_path(texts.Path(os.devnull))
-
     path = tmp_path / "bad.txt"
     path.write_bytes(b"")
 
@@ -146,8 +144,52 @@ def test_a_text_that_is_missing_empty_or_not_utf8_is_refused(tmp_path):
         texts.load_path(path)
 
     path.write_bytes(b"x" * 96 + b"caf\xe9")
-    with pytest.raises(UserError, match="bad.txt is not UTF-8 .* at byte 99"):
+    with pytest.raises(UserError, match=r"bad.txt is not UTF-8 text \(.* at byte 99\)"):
         texts.load_path(path)
+
+
+@pytest.mark.parametrize(
+    "encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le"]
+)
+def test_a_text_in_wide_characters_is_refused_with_its_mark_or_without(
+    encoding, tmp_path
+):
+    (tmp_path / "wide.txt").write_bytes((WORDS * 40).encode(encoding))
+    message = r"wide.txt is not UTF-8 text \(.*\): convert it to UTF-8"
+    with pytest.raises(UserError, match=message):
+        texts.load_path(tmp_path / "wide.txt")
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path):
+    path = tmp_path / "marked.txt"
+    path.write_bytes((WORDS * 40).encode("utf-8-sig"))
+    assert "".join(texts.load_path(path).values()) == WORDS * 40
+
+    for part in ("train", "valid", "test"):
+        (tmp_path / f"{part}.txt").write_bytes(f"\ufeff{part} \ufeff".encode())
+    assert texts.load_path(tmp_path)["valid"] == "valid \ufeff"  # but at its beginning
+
+
+def pipe(path):
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("this system has no named pipes")
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+
+
+def test_what_may_never_end_is_refused_in_place_of_a_text(tmp_path):
+    with pytest.raises(UserError, match="null is no file and no folder"):
+        texts.load_path(texts.Path(os.devnull))
+
+    for part in ("train", "valid", "test"):
+        (tmp_path / f"{part}.txt").write_text(WORDS)
+    for path in (tmp_path, tmp_path / "test.txt"):
+        pipe(tmp_path / "test.txt")
+        with pytest.raises(UserError, match="test.txt is no file and no folder"):
+            texts.load_path(path)
+
+    with pytest.raises(UserError, match="test.txt is no file: delete it"):
+        texts.fetch([], tmp_path / "test.txt", sha256(b""))
 
 
 def test_a_folder_without_its_three_parts_is_refused(tmp_path):
@@ -202,8 +244,11 @@ def test_a_download_with_another_checksum_leaves_nothing(mirrors):
 
 def test_a_failed_download_names_each_host_and_each_cause_once(tmp_path, no_network):
     urls = ["https://one.org/a", "https://two.org/a", "https://one.org/b"]
-    causes = r"one.org: no route to host; two.org: no route to host"
-    with pytest.raises(UserError, match=rf"^a cannot be downloaded \({causes}\)$"):
+    causes = r"\(one.org: no route to host; two.org: no route to host\)"
+    remedy = f"go online once, or copy it into {tmp_path}"
+    message = f"^a cannot be downloaded {causes}: {remedy}$"
+
+    with pytest.raises(UserError, match=message):
         texts.fetch(urls, tmp_path / "a", None)
 
 
@@ -275,13 +320,24 @@ def test_the_small_vocabulary_shortens_english_by_more_than_half(small_vocabular
     assert len(small_vocabulary.encode_ordinary(text)) < len(text) / 2
 
 
-def test_gpt2s_vocabulary_is_kept_in_data_and_has_its_own_end_of_text(monkeypatch):
-    monkeypatch.setattr(
-        texts.tiktoken, "get_encoding", lambda name: SimpleNamespace(eot_token=50256)
+def minute_encoding(name):
+    """As tiktoken gives them: 256 bytes, a merge, and a token that ends a text."""
+    ranks = {bytes([byte]): byte for byte in range(256)} | {b"ab": 256}
+    return tiktoken.Encoding(
+        name,
+        pat_str=texts.PATTERN,
+        mergeable_ranks=ranks,
+        special_tokens={"<|endoftext|>": 257},
     )
+
+
+def test_gpt2s_vocabulary_is_kept_in_data_and_has_its_own_end_of_text(monkeypatch):
+    monkeypatch.setattr(texts.tiktoken, "get_encoding", minute_encoding)
     with mock.patch.dict(os.environ):
         os.environ.pop("TIKTOKEN_CACHE_DIR", None)
-        assert texts.load_tokenizer("gpt2").end_of_text == 50256
+        tokenizer = texts.load_tokenizer("gpt2")
+        assert (tokenizer.name, tokenizer.end_of_text) == ("gpt2", 257)
+        assert tokenizer.encode_ordinary("abba") == [256, 98, 97]
         assert os.environ["TIKTOKEN_CACHE_DIR"] == str(texts.DATA / "tiktoken")
 
         os.environ["TIKTOKEN_CACHE_DIR"] = "elsewhere"
@@ -296,7 +352,8 @@ def test_gpt2s_vocabulary_that_cannot_be_downloaded_is_refused(monkeypatch):
     monkeypatch.setattr(texts.tiktoken, "get_encoding", unreachable)
     message = (
         r"^GPT-2's vocabulary cannot be downloaded \(no route to host for gpt2\): "
-        r"go online once, or use --model tiny$"
+        r"go online once, copy .*tiktoken.* from a machine that was online, or use "
+        r"--model tiny$"
     )
 
     with pytest.raises(UserError, match=message):

@@ -8,7 +8,12 @@ import pytest
 import tiktoken
 
 from data.lib.errors import UserError
-from data.lib.tokenizers import LETTERS, TransformersTokenizer, save_tokenizer
+from data.lib.tokenizers import (
+    LETTERS,
+    BytePairTokenizer,
+    TransformersTokenizer,
+    save_tokenizer,
+)
 from data.tests.helpers import WORDS
 
 TEXT = "the quick brown fox wo n't\n\n\t  jump: 1,000 café 中文 🙂 in N "
@@ -22,12 +27,96 @@ def with_end_of_text():
     """A vocabulary of 256 bytes and three merges, and a token for the end of a text."""
     ranks = {bytes([byte]): byte for byte in range(256)}
     ranks |= {b"ab": 256, b"bc": 257, b"abc": 258}
-    return tiktoken.Encoding(
+    return BytePairTokenizer(
         "minute",
         pat_str=r"\w+|\W+",
         mergeable_ranks=ranks,
         special_tokens={"<|endoftext|>": 259},
     )
+
+
+# --------------------------------------------------------------------------------------
+# Any text
+
+# How GPT-2's pattern takes white space. Merges of it make its tokens depend on how it
+# is cut.
+SPACES = {b"  ": 256, b"    ": 257, b"\n\n": 258, b" \n": 259, b" the": 260, b" t": 261}
+GPT2_PATTERN = r" ?\p{L}++| ?[^\s\p{L}]++|\s++$|\s+(?!\S)|\s"
+
+
+@pytest.fixture(params=["bpe2048", "gpt2"])
+def tokenizer(request, small_vocabulary):
+    """The small vocabulary, and one whose pattern ends as GPT-2's does."""
+    if request.param == "bpe2048":
+        return small_vocabulary
+    ranks = {bytes([byte]): byte for byte in range(256)} | SPACES
+    return BytePairTokenizer(
+        "gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={}
+    )
+
+
+@pytest.mark.parametrize("space", [" ", "\n", "\t", " \n", "\n  \t", "\xa0", "\x1f"])
+def test_a_long_run_of_white_space_has_the_tokens_that_tiktoken_gives(space, tokenizer):
+    for length in (9_999, 10_000, 10_001):  # of which tiktoken takes more
+        run = (space * length)[:length]
+        for before in ("", "the"):
+            for after in ("", "the", "!", "é"):
+                text = f"{before}{run}{after}{run}{before}"
+                expected = tiktoken.Encoding.encode_ordinary(tokenizer, text)
+                assert tokenizer.encode_ordinary(text) == expected
+
+
+@pytest.mark.parametrize("space", [" ", "\n", "\t", "\u2003"])
+def test_a_million_characters_of_white_space_are_a_text(space, tokenizer):
+    text = f"the{space * 10**6}the"
+    ids = tokenizer.encode_ordinary(text)
+    assert tokenizer.decode(ids) == text
+
+
+# --------------------------------------------------------------------------------------
+# The bytes of a text
+
+
+def wrapped(vocabulary, normalizer=None, pre_tokenizer=None, decoder=None):
+    """A fast tokenizer of transformers that knows these words."""
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+
+    ids = {word: id for id, word in enumerate(["<unk>", *vocabulary])}
+    model = tokenizers.models.WordLevel(ids, unk_token="<unk>")
+    wordwise = tokenizers.Tokenizer(model)
+    if normalizer:
+        wordwise.normalizer = getattr(tokenizers.normalizers, normalizer)()
+    pre_tokenizer = pre_tokenizer or "Whitespace"
+    wordwise.pre_tokenizer = getattr(tokenizers.pre_tokenizers, pre_tokenizer)()
+    if decoder:
+        wordwise.decoder = getattr(tokenizers.decoders, decoder)()
+
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=wordwise)
+    return TransformersTokenizer("name", fast, 99)
+
+
+@pytest.mark.parametrize("normalizer", [None, "Lowercase", "BertNormalizer", "NFKC"])
+def test_the_bytes_are_those_of_the_text_whatever_comes_back_from_its_tokens(
+    normalizer,
+):
+    tokenizer = wrapped(["the", "cat"], normalizer)
+    words = ["The", "Schrödinger", "ﬁne", "cat", "世"]
+    text = "   ".join(words) + "\n\n\n"
+    ids = tokenizer.encode_ordinary(text)
+    sizes = [tokenizer.size_before(text, ids, n) for n in range(len(ids) + 1)]
+
+    assert tokenizer.decode(ids) != text
+    ends = [text.index(word) + len(word) for word in words]
+    assert sizes == [0, *(len(text[:end].encode()) for end in ends)]
+
+
+def test_tokens_of_bytes_stand_for_their_bytes(small_vocabulary):
+    text = "the 世 cat"
+    ids = small_vocabulary.encode_ordinary(text)
+    sizes = [small_vocabulary.size_before(text, ids, n) for n in range(len(ids) + 1)]
+    contents = [small_vocabulary.decode_single_token_bytes(id) for id in ids]
+    assert sizes == [len(b"".join(contents[:n])) for n in range(len(ids) + 1)]
 
 
 # --------------------------------------------------------------------------------------
@@ -128,7 +217,12 @@ def test_a_tokenizer_of_transformers_has_tiktokens_methods():
     assert tokenizer.encode_ordinary("café") == [99, 97, 102, 233]
     assert tokenizer.encode_ordinary("") == []
     assert tokenizer.decode([99, 233]) == "cé"
-    assert tokenizer.decode_bytes([99, 233]) == b"c\xc3\xa9"
+
+
+def test_where_a_tokenizer_does_not_say_where_its_tokens_stand_they_are_decoded():
+    tokenizer = TransformersTokenizer("name", Letters(eos_token_id=7), 0x2000)
+    sizes = [tokenizer.size_before("éx!", [233, 120, 33], n) for n in range(4)]
+    assert sizes == [0, 2, 3, 4]
 
 
 def test_the_end_of_text_is_the_tokenizers_own_or_a_zero_byte():
