@@ -219,7 +219,12 @@ def unpack(task, path):
 
 
 def training_text(tokenizer, examples):
-    """Token ids: each prompt with its right answer, and the end of text after it."""
+    """Token ids: each prompt with its right answer, and the end of text after it.
+    Raises UserError if the tokenizer has no token for that."""
+    if tokenizer.end_of_text is None:
+        message = f"the tokenizer of {tokenizer.name} has no token that ends a text"
+        raise UserError(f"{message}, which a task takes: name another --model")
+
     ids = []
     for example in examples:
         answer = example.choices[example.answer]

@@ -47,8 +47,8 @@ class TransformersTokenizer:
     """A tokenizer of transformers with the methods of a BytePairTokenizer.
 
     name: what it was loaded from. wrapped: the tokenizer itself. vocab_size: the tokens
-    that its model has an embedding of. end_of_text: the token that ends a text, that of
-    a zero byte where the tokenizer has none.
+    that its model has an embedding of. end_of_text: the token that ends a text, where
+    there is none a sentence, or that of a zero byte; None without any of these.
     """
 
     def __init__(self, name, tokenizer, vocab_size):
@@ -58,7 +58,10 @@ class TransformersTokenizer:
 
         self.end_of_text = tokenizer.eos_token_id
         if self.end_of_text is None:
-            self.end_of_text = self.encode_ordinary("\0")[-1]
+            self.end_of_text = getattr(tokenizer, "sep_token_id", None)
+        if self.end_of_text is None:
+            zero_byte = self.encode_ordinary("\0")
+            self.end_of_text = zero_byte[-1] if zero_byte else None
 
     def encode_ordinary(self, text):
         """The text's ids, a list, without a token for its beginning or end. Raises

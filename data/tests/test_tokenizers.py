@@ -14,6 +14,7 @@ from data.lib.tokenizers import (
     TransformersTokenizer,
     save_tokenizer,
 )
+from data.tasks import training_text
 from data.tests.helpers import WORDS
 
 TEXT = "the quick brown fox wo n't\n\n\t  jump: 1,000 café 中文 🙂 in N "
@@ -211,6 +212,13 @@ class Letters:
         return "".join(map(chr, ids))
 
 
+class Deaf(Letters):
+    """It makes no token of anything."""
+
+    def __call__(self, text, add_special_tokens=True):
+        return {"input_ids": []}
+
+
 def test_a_tokenizer_of_transformers_has_tiktokens_methods():
     tokenizer = TransformersTokenizer("owner/name", Letters(eos_token_id=7), 0x2000)
     assert tokenizer.name == "owner/name"
@@ -225,10 +233,19 @@ def test_where_a_tokenizer_does_not_say_where_its_tokens_stand_they_are_decoded(
     assert sizes == [0, 2, 3, 4]
 
 
-def test_the_end_of_text_is_the_tokenizers_own_or_a_zero_byte():
+def test_the_end_of_text_is_the_tokenizers_own_or_that_of_a_sentence_or_a_zero_byte():
     assert TransformersTokenizer("name", Letters(eos_token_id=7), 300).end_of_text == 7
     assert TransformersTokenizer("name", Letters(eos_token_id=0), 300).end_of_text == 0
     assert TransformersTokenizer("name", Letters(), 300).end_of_text == 0
+
+    of_sentences = Letters()
+    of_sentences.sep_token_id = 5
+    assert TransformersTokenizer("name", of_sentences, 300).end_of_text == 5
+
+    tokenizer = TransformersTokenizer("a/b", Deaf(), 300)
+    assert tokenizer.end_of_text is None
+    with pytest.raises(UserError, match="of a/b has no token that ends a text"):
+        training_text(tokenizer, [])
 
 
 def test_a_token_without_an_embedding_is_refused_by_name():
