@@ -33,12 +33,11 @@ from functools import partial
 import torch
 from torch import nn
 
-import tsld
-from tsld import LOSSES, token_scale
+from tsld import LOSSES, Head, check_ids, token_scale
 
 # A loss that is not of the form above would get wrong gradients: it is left out here.
 LEAN_LOSSES = [name for name in LOSSES if name != "l2l"]
-PLAIN_HEADS = (nn.Linear, getattr(tsld, "Head", nn.Linear))
+PLAIN_HEADS = (nn.Linear, Head)
 IGNORED = -100  # the target of a token that does not count
 SCRATCH_BYTES = 2**27  # of the float32 logits of one model that are held at once
 
@@ -121,7 +120,10 @@ def lean_loss(
         raise ValueError(f"loss must be one of {', '.join(LEAN_LOSSES)}, not {name!r}")
     if teacher_hidden is None and name != "gt":
         raise ValueError(f"the loss {name!r} needs a teacher")
-    check_targets(targets, len(student_head))
+    if targets.dim() != 2 or 0 in targets.shape:
+        shape = tuple(targets.shape)
+        raise ValueError(f"the targets must be (B, T) and not empty, not {shape}")
+    check_ids(targets.masked_fill(targets == IGNORED, 0), len(student_head))
 
     teacher_tensors = None
     if teacher_hidden is not None:
@@ -131,23 +133,6 @@ def lean_loss(
     weights_of = partial(token_weights, name, targets != IGNORED, **setting)
     student_tensors = (student_hidden, student_head)
     return _LeanLoss.apply(*student_tensors, teacher_tensors, targets, weights_of)
-
-
-def check_targets(targets, vocab_size):
-    """Raises ValueError if they are no targets of a vocabulary of that size."""
-    shape = tuple(targets.shape)
-    if targets.dtype != torch.int64:
-        raise ValueError(f"the targets must be torch.int64, not {targets.dtype}")
-    if targets.dim() != 2 or 0 in shape:
-        raise ValueError(f"the targets must be (B, T) and not empty, not {shape}")
-
-    # On a GPU the indexing itself fails at such a target, without being waited for.
-    if targets.is_cpu:
-        is_wrong = (targets != IGNORED) & ((targets < 0) | (targets >= vocab_size))
-        if is_wrong.any():
-            wrong = targets[is_wrong][0].item()
-            allowed = f"0 to {vocab_size - 1}, or {IGNORED}"
-            raise ValueError(f"a target must be {allowed}, not {wrong}")
 
 
 def token_weights(name, counts, ce_teacher, temperature, gt_weight):
@@ -162,9 +147,8 @@ def token_weights(name, counts, ce_teacher, temperature, gt_weight):
     if name == "logit_gt":
         return mean, mean
 
-    # A sequence in which no token counts has no scale, but NaN, before the last step.
     scale = token_scale(ce_teacher.masked_fill(~counts, -torch.inf), temperature)
-    return torch.where(counts, scale / sequences, 0), gt_weight * mean
+    return scale / sequences, gt_weight * mean
 
 
 class _LeanLoss(torch.autograd.Function):
@@ -218,7 +202,7 @@ def _loss_and_gradients(student, teacher, targets, weights_of, rows):
     """The loss, ∂L/∂h (N, C) and ∂L/∂W (V, C), all float32, `rows` rows at a time."""
     N = targets.numel()
     pieces = [slice(begin, begin + rows) for begin in range(0, N, rows)]
-    y = targets.where(targets != IGNORED, 0).view(N, 1)
+    y = targets.masked_fill(targets == IGNORED, 0).view(N, 1)
     hidden, head = student.factors_of_gradient()
 
     # What the pieces fill in, part by part.
