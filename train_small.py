@@ -40,7 +40,7 @@ from data.lib.scores import (
 )
 from data.lib.sources import Source, encode, from_preset, from_transformers, load_texts
 from data.lib.students import export, load_student, write_text
-from tsld import GPT, LOSSES, GPTConfig, TrainConfig
+from tsld import LOSSES, GPTConfig, TrainConfig
 
 # --------------------------------------------------------------------------------------
 # The run
@@ -90,9 +90,8 @@ def train_and_compare(setup, out):
     models = {"teacher": teacher, "rounded": rounded, name: student}
     transcript.print_texts(setup, models)
     print(f"\nresults: {out / 'results.json'}")
-    if setup.args.bits == 2 and isinstance(student, GPT):
-        file = out / f"student-{name}.packed"
-        transcript.print_next_command(__file__, file, setup)
+    file = out / f"student-{name}.packed"
+    transcript.print_next_command(__file__, file, setup)
 
 
 def quantized(setup, teacher):
@@ -469,16 +468,16 @@ FLAGS = {
          "go on with a student that was interrupted"),
     ],
     "instead of training": [
-        ("generate", None, {"metavar": "FILE"}, "write text with a packed model"),
+        ("generate", None, {"metavar": "FILE"},
+         "write text with a packed student, and its --model if that made it"),
         ("prompt", "the", {}, "what the text begins with"),
         ("export", None, {"metavar": ("FILE", "FOLDER"), "nargs": "+"},
-         "write a packed model as transformers opens it; a third word, float16, "
-         "halves the files"),
+         "write it as transformers opens it; a third word, float16, halves the files"),
     ],
 }  # fmt: skip
 ALL = {name: default for flags in FLAGS.values() for name, default, _, _ in flags}
 TAKES = {
-    "--generate": {"generate", "prompt", "seed", "device"},
+    "--generate": {"generate", "prompt", "seed", "device", "model"},
     "--export": {"export", "model"},
     "training": ALL.keys() - {"generate", "prompt", "export"},
 }
@@ -528,17 +527,18 @@ def check_command(parser, flags):
 
 def own_command(argv):
     args = parse(argv)
-    if args.generate:
-        device = choose_device(args.device)
-        model, tokenizer = load_student(args.generate, PRESETS)
-        write_text(model.to(device), tokenizer, args.prompt, args.seed)
-    elif args.export and args.model in PRESETS:
-        raise UserError(f"--export: --model is for transformers, not {args.model}")
-    elif args.export:
-        source = from_transformers(args.model, GPT2) if args.model else None
-        export(args.export, PRESETS, source)
-    else:
+    load_source = partial(from_transformers, args.model, GPT2)
+    if not args.generate and not args.export:
         run(args)
+    elif args.model in PRESETS:
+        raise UserError(f"--model is for transformers here, not {args.model}")
+    elif args.export:
+        export(args.export, PRESETS, args.model, load_source)
+    else:
+        device = choose_device(args.device)
+        source = load_source() if args.model else None
+        model, tokenizer = load_student(args.generate, PRESETS, source)
+        write_text(model.to(device), tokenizer, args.prompt, args.seed)
 
 
 def main(argv=None, command=own_command):

@@ -8,8 +8,6 @@ import errno
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 import zipfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +17,6 @@ import torch
 
 import tsld
 from data.lib.errors import UserError, is_out_of_memory
-from data.lib.folder import check_folder
 
 DIGEST_BYTES = 32
 
@@ -89,30 +86,6 @@ def replacing(path):
         temporary.unlink(missing_ok=True)
 
 
-@contextmanager
-def all_or_nothing(path):
-    """Yields an empty folder, whose files move to the folder at `path` at the end. If
-    something fails, none of them does, and a folder that is new goes. Raises UserError
-    if the folder cannot be written."""
-    is_new = not Path(path).exists()
-    folder = check_folder(path)
-
-    try:
-        with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            yield Path(temporary)
-            for file in Path(temporary).iterdir():
-                os.replace(file, folder / file.name)
-    except BaseException as error:
-        if is_new:
-            shutil.rmtree(folder)
-
-        # transformers writes with safetensors, which has an error of its own for this.
-        if type(error).__name__ == "SafetensorError":
-            message = f"folder {folder} cannot be written: {error}"
-            raise UserError(message) from None
-        raise
-
-
 def read_checked(path):
     """What write_checked wrote, on the CPU. Raises CheckpointError if the file is
     truncated, altered, or foreign. Code in it is not run."""
@@ -129,6 +102,8 @@ def load_tensors(path):
                 entries = zipfile.ZipFile(file).infolist()
                 if any(entry.compress_type for entry in entries):
                     raise ValueError("it is compressed")
+                if sum(e.file_size for e in entries) > os.path.getsize(path):
+                    raise ValueError("its content is larger than the file")
 
             file.seek(0)
             return torch.load(file, map_location="cpu", weights_only=True)

@@ -3,6 +3,10 @@ out in the format that they came from.
 
 transformers is imported only where one of its models is asked for. GPT-2's published
 format, which needs no transformers, stands in published.py and is offered here too.
+
+A student leaves by export(student, tokenizer, folder). The save_pretrained of a model
+with quantized layers is not for it: it writes the full-precision weights under the
+ternary ones, without a word.
 """
 
 import copy
@@ -18,8 +22,9 @@ import torch
 from torch import nn
 
 import tsld
-from data.lib.errors import UserError
-from data.lib.published import dequantized_state, save_gpt2
+from data.lib.errors import UserError, is_out_of_memory
+from data.lib.exports import export_folder, is_of_disk
+from data.lib.published import dequantized_state, in_dtype, save_gpt2
 from data.lib.published import load_gpt2 as load_gpt2
 from data.lib.tokenizers import TransformersTokenizer, save_tokenizer
 from tsld import GPT
@@ -301,13 +306,62 @@ def can_reach(host):
 
 
 def export(student, tokenizer, folder, dtype=torch.float32):
-    """Writes a student and its tokenizer into a folder, as transformers opens them: a
-    GPT in GPT-2's published format, a CausalModel in the format that it came from."""
-    if isinstance(student, GPT):
-        save_gpt2(student, folder, dtype)
-    else:
-        unpacked(student).to(dtype).save_pretrained(folder)
-    save_tokenizer(tokenizer, folder)
+    """Writes a student, quantized or packed, and its tokenizer into a folder, as
+    transformers opens them: a GPT in GPT-2's published format, a CausalModel in the
+    format that it came from, with its own settings.
+
+    The folder is new, empty, or of an earlier export, and gets all files or none.
+    Raises UserError if it is another one or cannot be written, and ValueError if dtype
+    cannot hold a weight, or transformers cannot save the model and open it again."""
+    with export_folder(folder) as new:
+        if isinstance(student, GPT):
+            save_gpt2(student, new, dtype, getattr(tokenizer, "end_of_text", None))
+        else:
+            save_causal(student, new, dtype)
+        save_tokenizer(tokenizer, new)
+
+
+def save_causal(student, folder, dtype):
+    """Writes a CausalModel as transformers does, and opens it again. Raises ValueError
+    if that does not give the same weights."""
+    architecture = student.config.architecture
+    try:
+        model = unpacked(student)
+        for name, tensor in model.state_dict().items():
+            if tensor.is_floating_point():
+                in_dtype(name, tensor, dtype)
+
+        # transformers refuses settings that contradict each other, as some published
+        # ones do. They are the model's own, and are written as they are.
+        settings = getattr(model, "generation_config", None)
+        if settings is not None:
+            model.generation_config = type(settings)()
+        model.to(dtype).save_pretrained(folder)
+        if settings is not None:
+            settings.to_json_file(Path(folder) / "generation_config.json")
+
+        check_opened_again(model, folder)
+    except Exception as error:  # of any type: no two of its classes are saved alike
+        if is_of_disk(error) or is_out_of_memory(error):
+            raise
+        reason = str(error).strip() or type(error).__name__
+        words = f"{architecture} cannot be exported: {reason.splitlines()[0]}"
+        raise ValueError(words) from None
+
+
+def check_opened_again(model, folder):
+    """Raises ValueError if the folder holds other weights than the model of
+    transformers that was saved there."""
+    from transformers import AutoModelForCausalLM
+
+    options = {"local_files_only": True, "trust_remote_code": False}
+    again = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+
+    saved, found = model.state_dict(), again.state_dict()
+    for name in saved.keys() | found.keys():
+        is_there = name in saved and name in found
+        if not is_there or not torch.equal(saved[name].float(), found[name].float()):
+            raise ValueError(f"opened again, it has another {name}")
 
 
 def unpacked(student):
@@ -316,7 +370,8 @@ def unpacked(student):
     ones stand for, at most three different ones in a ternary matrix."""
     inner = student.inner
     model = type(inner)(copy.deepcopy(inner.config))
-    model.generation_config = copy.deepcopy(inner.generation_config)
+    if getattr(inner, "generation_config", None) is not None:
+        model.generation_config = copy.deepcopy(inner.generation_config)
 
     # The fresh model has its Conv1D layers again, whose weights are (in, out).
     state = dequantized_state(inner)

@@ -4,6 +4,7 @@ Names are our GPT's, with the prefix "transformer." or without. The matrices of 
 are stored as (in, out).
 """
 
+import importlib.util
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import torch
 
 from data.lib.errors import UserError
-from data.lib.files import load_tensors
+from data.lib.files import load_tensors, refusing
 from data.texts import DATA, fetch
 from tsld import GPT, CheckpointError, GPTConfig
 
@@ -52,17 +53,17 @@ def load_published(name, model):
 def load_gpt2(path):
     """Reads a GPT, float32 and in eval mode.
 
-    path: a pytorch_model.bin, or a folder with one. A config.json beside it tells the
-    number of heads, and nothing else; without it a head is 64 wide, as in the published
-    sizes. Raises CheckpointError if the file is damaged, holds another model, or could
-    run code, which it then does not.
+    path: a pytorch_model.bin or model.safetensors, or a folder with one of them. A
+    config.json beside it tells the number of heads, and nothing else; without it a head
+    is 64 wide, as in the published sizes. Raises CheckpointError if the file is
+    damaged, holds another model, or could run code, which it then does not.
     """
     path = Path(path)
     if path.is_dir():
-        path = path / "pytorch_model.bin"
+        path = weights_in(path)
 
     config_path = path.with_name("config.json")
-    content = load_tensors(path)
+    content = read_weights(path)
 
     try:
         tensors = from_published(content)
@@ -77,6 +78,29 @@ def load_gpt2(path):
 
     model.lm_head.weight = model.wte.weight
     return model.eval()
+
+
+def weights_in(folder):
+    """The file of weights that transformers would open."""
+    path = folder / "model.safetensors"
+    return path if path.exists() else folder / "pytorch_model.bin"
+
+
+def has_safetensors():
+    return importlib.util.find_spec("safetensors") is not None
+
+
+def read_weights(path):
+    """Name to tensor. Raises CheckpointError as load_gpt2 does."""
+    if path.suffix != ".safetensors":
+        return load_tensors(path)
+    if not has_safetensors():
+        raise CheckpointError(f"{path} takes the package safetensors to be read")
+
+    from safetensors.torch import load_file
+
+    with refusing(path, "is truncated or foreign:"):
+        return load_file(path)
 
 
 def from_published(content):
@@ -120,17 +144,26 @@ def flipped(name, tensor):
     return tensor.float().contiguous()
 
 
-def save_gpt2(model, folder, dtype=torch.float32):
-    """Writes a GPT as load_gpt2 and transformers read it: pytorch_model.bin and
-    config.json in `folder`. Quantized and packed weights are written as the numbers
-    that they stand for, at most three different ones in a ternary matrix.
-    """
-    tensors = {}
-    for name, tensor in dequantized_state(model).items():
-        prefix = "" if name.startswith("lm_head.") else "transformer."
-        tensors[prefix + name] = flipped(name, tensor).to("cpu", dtype)
+def save_gpt2(model, folder, dtype=torch.float32, end_of_text=None):
+    """Writes a GPT as load_gpt2 and transformers read it: its weights and config.json
+    in `folder`. They are model.safetensors where that package is installed, and else
+    pytorch_model.bin. Quantized and packed weights are written as the numbers that they
+    stand for, at most three different ones in a ternary matrix.
 
-    # In transformers' words.
+    end_of_text: the token that other programs begin and end texts with, if any. Raises
+    ValueError if dtype cannot hold a weight, the head is not tied to the embedding, or
+    the folder has other weights, which would be read instead."""
+    state = dequantized_state(model)
+    if not torch.equal(state.pop("lm_head.weight"), state["wte.weight"]):
+        raise ValueError("lm_head.weight is not wte.weight, and GPT-2's head is tied")
+
+    # The published layout has the tied weight once.
+    tensors = {}
+    for name, tensor in state.items():
+        tensor = flipped(name, tensor).detach().cpu()
+        tensors[f"transformer.{name}"] = in_dtype(name, tensor, dtype)
+
+    # In transformers' words. Without a token they would fill in GPT-2's 50256.
     config = asdict(model.config)
     dropout = config.pop("dropout")
     config["n_positions"] = config.pop("block_size")
@@ -138,11 +171,43 @@ def save_gpt2(model, folder, dtype=torch.float32):
     config["architectures"] = ["GPT2LMHeadModel"]
     for part in ("attn", "embd", "resid"):
         config[f"{part}_pdrop"] = dropout
+    ends = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    write_weights(tensors, folder)
+    write_json(folder / "config.json", config | ends)
+    write_json(folder / "generation_config.json", ends)
+
+
+def in_dtype(name, tensor, dtype):
+    """The tensor in another dtype. Raises ValueError if a value becomes infinite."""
+    result = tensor.to(dtype)
+    lost = tensor.isfinite() & ~result.isfinite()
+    if lost.any():
+        value = tensor[lost].abs().max().item()
+        limit = f"{dtype} ends at {torch.finfo(dtype).max:g}"
+        raise ValueError(f"{name} has a weight of {value:g}, and {limit}: take float32")
+    return result
+
+
+def write_weights(tensors, folder):
+    """Writes name to tensor. Raises ValueError as save_gpt2 does."""
+    if has_safetensors():
+        from safetensors.torch import save_file
+
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return
+
+    # transformers opens another file first, where there is one.
+    others = [file.name for file in folder.glob("*.safetensors*")]
+    if others:
+        raise ValueError(f"{folder} holds {others[0]}, which would be read instead")
     torch.save(tensors, folder / "pytorch_model.bin")
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+def write_json(path, content):
+    path.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
 
 
 @torch.no_grad()

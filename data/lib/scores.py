@@ -8,6 +8,7 @@ import torch
 import tsld
 from data import tasks
 from data.lib.files import save_packed
+from data.lib.int4 import save_int4
 from data.lib.processes import first_process_first, processes
 from data.lib.progress import show_progress
 from tsld import QuantLinear
@@ -58,16 +59,19 @@ def count_ternary(model):
 
 
 def pack(model, path):
-    """Packs a 2-bit model in place and saves it. Returns the bytes of the file and of
-    the ternary weights in it; None for 4 bits, which have no packed form."""
-    if any(isinstance(m, QuantLinear) and m.bits != 2 for m in model.modules()):
-        path.unlink(missing_ok=True)  # of an earlier run
-        return {"bytes_packed": None, "linear_bytes_packed": None}
+    """Saves a quantized model, and packs one of 2 bits in place. Returns the bytes of
+    the file and of the codes in it."""
+    layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
+    bits = layers[0].bits
+    codes_per_byte = 8 // bits
+    sizes = [m.out_features * -(-m.in_features // codes_per_byte) for m in layers]
 
-    tsld.pack_model(model)
+    save = save_int4
+    if bits == 2:
+        save = save_packed
+        tsld.pack_model(model)
+
     with first_process_first():
         if processes()[0] == 0:
-            save_packed(path, model)
-    layers = [m for m in model.modules() if isinstance(m, tsld.PackedLinear)]
-    ternary = sum(layer.packed.numel() for layer in layers)
-    return {"bytes_packed": path.stat().st_size, "linear_bytes_packed": ternary}
+            save(path, model)
+    return {"bytes_packed": path.stat().st_size, "linear_bytes_packed": sum(sizes)}

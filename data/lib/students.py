@@ -1,19 +1,26 @@
 """What a packed student is for: it writes text, and other programs open it."""
 
-import codecs
+from pathlib import Path
 
 import torch
 
-from data.lib import fast, files, hf
+from data.lib import fast, files, hf, int4
 from data.lib.errors import UserError
+from data.lib.exports import check_target
 from data.lib.transcript import SAMPLING
 from data.texts import load_tokenizer
 
+LONGEST = 1024  # tokens of a text, where the model has no shorter limit
 
-def load_student(path, presets):
-    """A packed GPT, and the tokenizer of its preset. Raises UserError if none of the
-    presets has its vocabulary."""
-    model = files.load_packed(path)
+
+def load_student(path, presets, source=None):
+    """A packed student, of 2 or 4 bits, and its tokenizer. source: the Source that it
+    was made from; without one it is a GPT with the vocabulary of a preset. Raises
+    UserError if the file is of another model, or no preset has its vocabulary."""
+    if source is not None:
+        return load_weights(path, into=source.model), source.tokenizer
+
+    model = load_weights(path)
     vocab_size = model.config.vocab_size
     for preset in presets.values():
         if preset.gpt.vocab_size == vocab_size:
@@ -21,42 +28,82 @@ def load_student(path, presets):
     raise UserError(f"no tokenizer has the {vocab_size} tokens of {path}")
 
 
+def load_weights(path, into=None):
+    """The model of a packed file. Raises UserError if it takes another one to fill."""
+    content = files.read_checked(path)
+    is_dict = isinstance(content, dict)
+    config = content.get("config") if is_dict else None
+
+    if into is None and isinstance(config, dict) and "architecture" in config:
+        words = f"{path} is a student of a {config['architecture']!s:.80}"
+        raise UserError(f"{words}: name its teacher's folder or name with --model")
+    if is_dict and content.get("format") == int4.FORMAT:
+        return int4.load_int4(path, content, into)
+    return files.load_packed(path, into)
+
+
 def write_text(model, tokenizer, prompt, seed):
-    """Prints the prompt and its continuation, as it comes, until the block is full.
-    Raises UserError if the prompt is empty or fills it."""
+    """Prints the prompt and its continuation, as it comes, until the text ends or the
+    block is full. Raises UserError if the prompt is empty or fills it."""
     ids = tokenizer.encode_ordinary(prompt)
-    block_size = model.config.block_size
+    block_size = min(model.config.block_size, LONGEST)
     if not 0 < len(ids) < block_size:
         sizes = f"--prompt has {len(ids)} tokens, the model's block {block_size}"
         raise UserError(f"{sizes}: it takes 1 to {block_size - 1} tokens")
 
     model = fast.speed_up(model)
-    ids = torch.tensor([ids], device=model.wte.weight.device)
-    torch.manual_seed(seed)
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    device = next(model.parameters()).device
+    stream = model.stream(
+        torch.tensor([ids], device=device), block_size - len(ids), **SAMPLING
+    )
+
     print(prompt, end="", flush=True)
-    for new in model.stream(ids, block_size - ids.shape[1], **SAMPLING):
-        content = tokenizer.decode_single_token_bytes(new.item())
-        text = decoder.decode(content)  # keeps a part of a character for later
-        print(text, end="", flush=True)
+    shown = tokenizer.decode(ids)
+    ends = end_tokens(model, tokenizer)
+    torch.manual_seed(seed)
+    for new in stream:
+        if new.item() in ends:
+            break
+
+        # The first bytes of a character wait for its others.
+        ids.append(new.item())
+        text = tokenizer.decode(ids)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
     print()
 
 
-def export(words, presets, source=None):
-    """Writes a packed model as transformers opens it. words: file, folder, and
-    "float16" if its numbers are to take half of the space. source: the Source that the
-    student was made from, unless that is a preset. Raises UserError."""
+def end_tokens(model, tokenizer):
+    """The tokens that end a text. A model of transformers may name several."""
+    ends = {tokenizer.end_of_text}
+    if isinstance(model, hf.CausalModel):
+        settings = getattr(model.inner, "generation_config", None)
+        named = getattr(settings, "eos_token_id", None)
+        ends |= {named} if isinstance(named, int) else set(named or ())
+    return ends
+
+
+def export(words, presets, model=None, load_source=None):
+    """Writes a packed student as transformers opens it. words: file, folder, and
+    "float16" if its numbers are to take half of the space. model: what --model named,
+    which load_source() loads. Raises UserError."""
     is_right = len(words) == 2 or (len(words) == 3 and words[2] == "float16")
     if not is_right or words[1] == "":
         raise UserError("--export takes FILE FOLDER, and after them float16 or nothing")
 
+    # Before anything is loaded.
     file, folder = words[:2]
+    check_target(folder)
+    is_model = model and Path(model).exists() and Path(folder).exists()
+    if is_model and Path(folder).samefile(model):
+        raise UserError(f"--export: {folder} is --model's own: name a new folder")
+
+    source = load_source() if model else None
+    student, tokenizer = load_student(file, presets, source)
     dtype = torch.float16 if len(words) == 3 else torch.float32
-    with files.all_or_nothing(folder) as new:
-        if source is None:
-            student, tokenizer = load_student(file, presets)
-        else:
-            student = files.load_packed(file, into=source.model)
-            tokenizer = source.tokenizer
-        hf.export(student, tokenizer, new, dtype)
+    try:
+        hf.export(student, tokenizer, folder, dtype)
+    except ValueError as error:
+        raise UserError(f"--export: {error}") from None
     print(f"{folder}: {file}, its weights in {dtype}")

@@ -112,10 +112,10 @@ def save_tokenizer(tokenizer, folder):
     content = json.dumps(tokenizer_json(tokenizer, special), ensure_ascii=False)
     (Path(folder) / "tokenizer.json").write_text(content, encoding="utf-8")
 
-    # What the file does not say: the class that reads it, and the end of a text.
+    # What the file does not say: the class that reads it, and the token between texts.
     config = {"tokenizer_class": "PreTrainedTokenizerFast"}
     for name in names:  # one at most, in the vocabularies that we have
-        config["eos_token"] = name
+        config |= {"bos_token": name, "eos_token": name}
     content = json.dumps(config, indent=1) + "\n"
     (Path(folder) / "tokenizer_config.json").write_text(content)
 

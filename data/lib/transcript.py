@@ -47,7 +47,7 @@ def print_setup(model, ternary, student, device):
 
 
 def print_table(rows):
-    """rows: (name, scores, bytes or None). The first is the teacher, the second the
+    """rows: (name, scores, bytes). The first is the teacher, the second the
     rounded teacher, all others are students. scores: part -> unit -> number."""
     scores_of_teacher = rows[0][1]
     above = below = " " * 26
@@ -66,8 +66,7 @@ def print_table(rows):
         won = ""
         if number > 1 and rounded > teacher:
             won = f"{(rounded - scores[part]['bpb']) / (rounded - teacher):.0%}"
-        bytes = "not packed" if size is None else f"{size:,}"
-        print(f"{line}{won:>10}{bytes:>13}")
+        print(f"{line}{won:>10}{size:>13,}")
 
 
 def cell(unit, value):
@@ -80,14 +79,14 @@ def cell(unit, value):
 def print_lessons(results, sizes):
     """What follows from the table. results: rows of results.json. sizes: bytes."""
     lines = []
-    if sizes["linear_bytes_packed"]:
-        matrices = sizes["linear_bytes_packed"]
-        ratio = sizes["linear_bytes_fp32"] / matrices
-        rest = sizes["bytes_packed"] - matrices
-        lines.append(
-            f"The ternary matrices take {matrices:,} bytes, {ratio:.0f} times less "
-            f"than in FP32. The other {rest:,} are mostly the embedding, in float16."
-        )
+    name = "ternary" if results[0]["bits"] == 2 else f"{results[0]['bits']}-bit"
+    matrices = sizes["linear_bytes_packed"]
+    ratio = sizes["linear_bytes_fp32"] / matrices
+    rest = sizes["bytes_packed"] - matrices
+    lines.append(
+        f"The {name} matrices take {matrices:,} bytes, {ratio:.0f} times less "
+        f"than in FP32. The other {rest:,} are mostly the embedding, in float16."
+    )
     if len(results) == 1:
         lines += lesson_of_labels(results[0])
     lines += lessons_of_pairs(results)
@@ -187,6 +186,8 @@ def print_next_command(program, file, setup):
         program = program.relative_to(Path.cwd())
 
     command = ["python", str(program), "--generate", str(file)]
+    if not isinstance(setup.source.model, tsld.GPT):
+        command += ["--model", setup.source.name]
     if words:
         command += ["--prompt", " ".join(words)]
     print(f"more text: {shlex.join(command)}")

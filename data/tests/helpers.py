@@ -4,6 +4,7 @@ train_small is imported where it is used, so that the tests of a file in data/ n
 that file and tsld.py."""
 
 import hashlib
+import json
 import math
 import os
 import socket
@@ -121,6 +122,23 @@ def save_tokenizer_of_bytes(folder):
 
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bytewise)
     tokenizer.save_pretrained(folder)
+
+
+def save_llama(folder, settings=None, generation=None, seed=0, **sizes):
+    """A LLaMA and a tokenizer of bytes, saved as transformers does."""
+    save_tokenizer_of_bytes(folder)
+    transformers = pytest.importorskip("transformers")
+    shape = {"vocab_size": 256, "hidden_size": 16, "intermediate_size": 24}
+    shape |= {"num_hidden_layers": 1, "num_attention_heads": 2}
+    shape |= {"max_position_embeddings": 64}
+    config = transformers.LlamaConfig(**shape | sizes, **settings or {})
+    torch.manual_seed(seed)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+
+    (folder / "generation_config.json").unlink()
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+    return folder
 
 
 # --------------------------------------------------------------------------------------

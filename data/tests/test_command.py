@@ -143,7 +143,11 @@ def example(name):
 @pytest.mark.parametrize(
     "command, chosen_by, used",
     [
-        ("--generate", ["generate"], {"generate", "prompt", "seed", "device"}),
+        (
+            "--generate",
+            ["generate"],
+            {"generate", "prompt", "seed", "device", "model"},
+        ),
         ("--export", ["export"], {"export", "model"}),
         ("training", [], {*train_small.ALL} - {"generate", "prompt", "export"}),
     ],

@@ -264,51 +264,6 @@ def test_an_error_that_is_not_the_disks_is_left_as_it_is(tmp_path, monkeypatch):
 
 
 # --------------------------------------------------------------------------------------
-# Folders that are whole or not there
-
-FAILURES = [
-    (OSError(errno.ENOSPC, "No space left on device"), OSError),
-    (type("SafetensorError", (Exception,), {})("No space left on device"), UserError),
-    (KeyboardInterrupt("No space left on device"), KeyboardInterrupt),
-]
-
-
-@pytest.mark.parametrize("error, raised", FAILURES)
-def test_a_folder_that_could_not_be_filled_is_as_it_was_before(error, raised, tmp_path):
-    folder = tmp_path / "exported"
-
-    def fill():
-        with files.all_or_nothing(folder) as new:
-            (new / "config.json").write_text("new")
-            raise error
-
-    with pytest.raises(raised, match="No space left on device"):
-        fill()
-    assert not folder.exists()
-
-    folder.mkdir()
-    (folder / "config.json").write_text("old")
-    with pytest.raises(raised, match="No space left on device"):
-        fill()
-    assert [file.read_text() for file in folder.iterdir()] == ["old"]
-
-
-def test_a_folder_gets_all_files_and_keeps_its_others(tmp_path):
-    folder = tmp_path / "exported"
-    folder.mkdir()
-    (folder / "config.json").write_text("old")
-    (folder / "notes").write_text("mine")
-
-    with files.all_or_nothing(folder) as new:
-        (new / "config.json").write_text("new")
-        (new / "weights").write_text("3")
-        assert (folder / "config.json").read_text() == "old"
-
-    found = {file.name: file.read_text() for file in folder.iterdir()}
-    assert found == {"config.json": "new", "notes": "mine", "weights": "3"}
-
-
-# --------------------------------------------------------------------------------------
 # Text, JSON, names and errors
 
 

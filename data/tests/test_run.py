@@ -12,6 +12,7 @@
 import json
 import math
 import re
+import shlex
 import signal
 from dataclasses import replace
 from types import SimpleNamespace
@@ -26,6 +27,7 @@ import tsld
 from data import tasks, texts
 from data.lib import checkpoints, devices, hf, lean, resumable, sources
 from data.lib.files import load_packed, read_checked
+from data.lib.students import load_student
 from data.tests.helpers import (
     QUESTIONS,
     ROOT,
@@ -253,7 +255,7 @@ def test_a_task_is_a_text_to_train_on_and_examples_to_choose_from(
     assert row["student_ppl"] == pytest.approx(math.exp(nats / n_tokens), rel=2e-3)
 
 
-def test_four_bits_have_a_rate_of_their_own_and_leave_no_packed_model_behind(
+def test_four_bits_have_a_rate_of_their_own_and_leave_a_file_to_use(
     tiny, capsys, tmp_path, trained
 ):
     out = tmp_path / "out"
@@ -263,13 +265,21 @@ def test_four_bits_have_a_rate_of_their_own_and_leave_no_packed_model_behind(
     assert packed == {"rounded.packed", "student-tsld.packed"}
 
     printed = run(["--bits", "4", *tiny], capsys)
-    assert "rounded to 4 bits" in printed and "not packed" in printed
-    assert "--generate" not in printed and "ternary" not in printed
-    assert not [*out.glob("*.packed")]
+    assert "rounded to 4 bits" in printed and "The 4-bit matrices take 384" in printed
+    assert "ternary" not in printed
+    assert {path.name for path in out.glob("*.packed")} == packed
 
     (row,) = results(out)
     assert row["bits"] == 4
-    assert row["bytes_packed"] is row["linear_bytes_packed"] is None
+    assert row["bytes_packed"] == (out / "student-tsld.packed").stat().st_size
+    assert row["linear_bytes_packed"] == 12 * 8 * 8 / 2
+    student, tokenizer = load_student(out / "student-tsld.packed", train_small.PRESETS)
+    ids = tokenizer.encode_ordinary(PARTS["valid"])
+    perplexity = math.exp(tsld.evaluate(student, torch.tensor(ids), 16))
+    assert row["student_ppl"] == pytest.approx(perplexity, rel=2e-3)
+
+    argv = shlex.split(printed.splitlines()[-1].removeprefix("more text: "))
+    assert run([*argv[2:], "--device", "cpu"], capsys).startswith(argv[-1])
 
     preset = train_small.PRESETS["tiny"]
     rates = [call.config.lr for call in trained if call.teacher]
@@ -575,7 +585,9 @@ def test_a_model_of_transformers_is_trained_with_its_own_tokenizer(
     printed = run([*flags, *tiny], capsys)
     assert f"student, {loss}: 3 steps" in printed
     assert "2 layers x 12" in printed
-    assert "--generate" not in printed  # which is for our GPT
+    argv = shlex.split(printed.splitlines()[-1].removeprefix("more text: "))
+    assert argv[4:6] == ["--model", str(opt)]
+    assert run([*argv[2:], "--device", "cpu"], capsys).startswith(argv[-1])
 
     (row,) = results(tmp_path / "out")
     assert row["model"] == row["tokenizer"] == str(opt)

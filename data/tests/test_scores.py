@@ -8,6 +8,7 @@ import torch
 import tsld
 from data.lib import scores
 from data.lib.files import load_packed
+from data.lib.students import load_weights
 from data.tests.helpers import QUESTIONS, WORDS, micro_gpt, nats_of_choice, softmax64
 
 CPU = torch.device("cpu")
@@ -113,15 +114,18 @@ def test_a_two_bit_model_is_packed_and_saved_with_its_sizes(tmp_path):
     torch.testing.assert_close(load_packed(path)(ids), model(ids), rtol=0.01, atol=0.01)
 
 
-def test_a_four_bit_model_has_no_packed_form_and_leaves_none_of_an_earlier_run(
-    tmp_path,
-):
+def test_a_four_bit_model_is_saved_with_its_sizes_and_stays_as_it_is(tmp_path):
     path = tmp_path / "model.packed"
-    scores.pack(tsld.quantize_model(micro_gpt()), path)
-    for _ in range(2):
-        sizes = scores.pack(tsld.quantize_model(micro_gpt(), bits=4), path)
-        assert sizes == {"bytes_packed": None, "linear_bytes_packed": None}
-        assert not path.exists()
+    model = tsld.quantize_model(micro_gpt(), bits=4)
+    sizes = scores.pack(model, path)
+
+    assert sizes["bytes_packed"] == path.stat().st_size
+    assert sizes["linear_bytes_packed"] == 2 * 12 * 12 * 12 // 2
+    assert isinstance(model.h[0].mlp.c_fc, tsld.QuantLinear)
+
+    ids = torch.arange(8)[None]
+    again = load_weights(path)
+    torch.testing.assert_close(again(ids), model(ids), rtol=0.01, atol=0.01)
 
 
 def test_of_several_processes_the_first_one_writes_the_packed_model(

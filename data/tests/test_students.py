@@ -1,5 +1,7 @@
 """data/lib/students.py: a packed student writes text, and other programs open it."""
 
+import copy
+import math
 import os
 from types import SimpleNamespace
 
@@ -8,9 +10,11 @@ import torch
 
 import train_small
 import tsld
-from data.lib import files, hf, students
+from data.lib import files, hf, int4, scores, students
 from data.lib.errors import UserError
-from data.tests.helpers import WORDS, micro_gpt, refused, run
+from data.lib.exports import LIST
+from data.lib.published import read_weights, weights_in
+from data.tests.helpers import WORDS, micro_gpt, refused, run, save_llama
 from tsld import GPT, GPTConfig
 
 
@@ -70,6 +74,12 @@ def test_text_comes_token_by_token_and_no_character_in_parts(
     sampling = {"temperature": 0.8, "top_k": 200}
     assert asked == [([ids], 16 - len(ids), sampling)]
     assert [text for text in shown if text] == ["the cat", "é", " ", "中", "\n"]
+
+    # An end of text is not shown, and nothing after it.
+    shown.clear()
+    tokens[3:3] = [small_vocabulary.end_of_text]
+    students.write_text(model, small_vocabulary, "the cat", seed=0)
+    assert [text for text in shown if text] == ["the cat", "é", " ", "\n"]
 
 
 def test_a_prompt_leaves_room_for_a_token(packed, small_vocabulary, capsys):
@@ -131,11 +141,11 @@ def test_an_export_has_the_students_weights_and_its_tokenizer(
     printed = run(["--export", str(packed), str(new), *words], capsys)
     assert printed == f"{new}: {packed}, its weights in torch.{dtype}\n"
 
-    names = {"pytorch_model.bin", "config.json"}
-    names |= {"tokenizer.json", "tokenizer_config.json"}
+    names = {"config.json", "generation_config.json", "tokenizer.json"}
+    names |= {"tokenizer_config.json", weights_in(new).name, LIST}
     assert {*os.listdir(new)} == names
 
-    tensors = torch.load(new / "pytorch_model.bin")
+    tensors = read_weights(weights_in(new))
     assert {str(tensor.dtype) for tensor in tensors.values()} == {f"torch.{dtype}"}
 
     again, student = hf.load_gpt2(new), files.load_packed(packed)
@@ -159,11 +169,15 @@ def test_an_export_is_there_as_a_whole_or_not_at_all(
 
         folder.mkdir()
         (folder / "pytorch_model.bin").write_text("an earlier one")
-        refused(["--export", str(packed), str(folder)], capsys, "No space left")
+        words = f"{folder} holds pytorch_model.bin, which no export wrote"
+        refused(["--export", str(packed), str(folder)], capsys, words)
         assert [file.read_text() for file in folder.iterdir()] == ["an earlier one"]
+        (folder / "pytorch_model.bin").unlink()
 
-    run(["--export", str(packed), str(folder)], capsys)
-    assert "an earlier one" not in (folder / "config.json").read_text()
+    for words in ([], ["float16"]):
+        run(["--export", str(packed), str(folder), *words], capsys)
+    weights = read_weights(weights_in(folder))
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
 
     words = f"{tmp_path / 'nowhere'}: No such file"
     flags = ["--export", str(tmp_path / "nowhere"), str(tmp_path / "new")]
@@ -177,7 +191,130 @@ def test_an_export_takes_a_file_a_folder_and_float16(words, capsys):
     refused(["--export", *words.split(" ")], capsys, line)
 
 
-def test_an_export_takes_no_preset_as_the_model_of_transformers(packed, capsys):
-    flags = ["--export", str(packed), "folder", "--model", "tiny"]
-    words = "--export: --model is for transformers, not tiny"
-    assert refused(flags, capsys, words) == ""
+@pytest.mark.parametrize("words", [["--export", "FILE", "new"], ["--generate", "FILE"]])
+def test_a_student_of_a_preset_takes_none_as_the_model_of_transformers(words, capsys):
+    line = "--model is for transformers here, not tiny"
+    assert refused([*words, "--model", "tiny"], capsys, line) == ""
+
+
+def test_an_export_never_overwrites_the_folder_that_model_names(
+    packed, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(train_small, "from_transformers", lambda *rest: pytest.fail())
+    model = tmp_path / "model"
+    run(["--export", str(packed), str(model)], capsys)  # of an export, too
+    (tmp_path / "link").symlink_to(model)
+    before = {file.name: file.read_bytes() for file in model.iterdir()}
+
+    for folder in (model, tmp_path / "link", f"{tmp_path}/./model/"):
+        flags = ["--export", str(packed), str(folder), "--model", str(model)]
+        refused(flags, capsys, f"{folder} is --model's own: name a new folder")
+    assert {file.name: file.read_bytes() for file in model.iterdir()} == before
+
+
+def test_a_float16_that_holds_no_weight_is_refused_with_a_remedy(
+    capsys, small_vocabulary, tmp_path
+):
+    student = tsld.quantize_model(micro_gpt(vocab_size=2048))
+    student.h[0].ln_1.bias.data[0] = 1e5
+    files.save_packed(tmp_path / "student", tsld.pack_model(student))
+    flags = ["--export", str(tmp_path / "student"), str(tmp_path / "new")]
+    words = "h.0.ln_1.bias has a weight of 100000, and torch.float16 ends at 65504: "
+    refused([*flags, "float16"], capsys, words + "take float32")
+    assert not (tmp_path / "new").exists()
+    run(flags, capsys)
+
+
+# --------------------------------------------------------------------------------------
+# Four bits
+
+
+def test_a_student_of_four_bits_writes_text_and_is_exported(
+    capsys, small_vocabulary, tmp_path
+):
+    torch.manual_seed(0)
+    config = GPTConfig(16, 2048, n_layer=1, n_head=2, n_embd=8)
+    student = tsld.quantize_model(GPT(config), 4).eval()
+    path = tmp_path / "student.packed"
+    int4.save_int4(path, student)
+
+    printed = run(["--generate", str(path), "--device", "cpu"], capsys)
+    assert len(small_vocabulary.encode_ordinary(printed)) > 5
+
+    new = tmp_path / "new"
+    assert run(["--export", str(path), str(new)], capsys).startswith(f"{new}: {path}")
+    weights = read_weights(weights_in(new))
+    layer = student.h[0].mlp.c_fc
+    expected = tsld.fake_quantize(layer.weight, 4).t()
+    assert torch.equal(weights["transformer.h.0.mlp.c_fc.weight"], expected)
+    assert expected.unique().numel() > 3
+
+
+# --------------------------------------------------------------------------------------
+# Students of transformers' models
+
+
+@pytest.fixture
+def teacher(tmp_path):
+    """The folder of a LLaMA with a tokenizer of bytes."""
+    return save_llama(tmp_path / "teacher")
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_a_student_of_model_writes_text_until_one_of_its_ends(
+    bits, teacher, capsys, tmp_path, monkeypatch
+):
+    model, tokenizer = hf.load_model(teacher)
+    student = tsld.quantize_model(model, bits).eval()
+    path = tmp_path / "student.packed"
+    scores.pack(copy.deepcopy(student), path)
+
+    prompt = torch.tensor([tokenizer.encode_ordinary("the cat")])
+    length = student.config.block_size - prompt.shape[1]
+    ids = student.generate(prompt, length, temperature=0)[0].tolist()
+    assert tokenizer.end_of_text not in ids
+    never = min({*range(256)} - {*ids})
+
+    monkeypatch.setattr(students, "SAMPLING", {"temperature": 0})
+    flags = ["--generate", str(path), "--model", str(teacher), "--device", "cpu"]
+    for ends in ([never], [never, ids[30]], [ids[30], ids[20], never]):
+        save_llama(teacher, generation={"eos_token_id": ends})
+        ended = [i for i in range(7, len(ids)) if ids[i] in ends]
+        text = tokenizer.decode(ids[: min(ended, default=len(ids))])
+        printed = run([*flags, "--prompt", "the cat"], capsys)
+        assert printed == text.rstrip("\ufffd") + "\n"
+
+    save_llama(teacher, generation={"eos_token_id": ids[9]})  # one, and no list
+    printed = run([*flags, "--prompt", "the cat"], capsys)
+    assert (
+        printed == tokenizer.decode(ids[: ids.index(ids[9], 7)]).rstrip("\ufffd") + "\n"
+    )
+
+
+def test_a_student_of_model_is_refused_without_it_and_with_another(
+    teacher, packed, capsys, tmp_path
+):
+    model, _ = hf.load_model(teacher)
+    for bits in (2, 4):
+        path = tmp_path / f"student-{bits}"
+        scores.pack(tsld.quantize_model(copy.deepcopy(model), bits), path)
+        line = f"{path} is a student of a LlamaForCausalLM: name its teacher's folder"
+        for words in (["--generate", str(path)], ["--export", str(path), "new"]):
+            refused(words, capsys, line)
+
+        other = save_llama(tmp_path / "other", num_hidden_layers=2)
+        flags = ["--generate", str(path), "--model", str(other), "--device", "cpu"]
+        refused(flags, capsys, f"{path} is no such")
+
+    flags = ["--generate", str(packed), "--model", str(teacher), "--device", "cpu"]
+    refused(flags, capsys, f"{packed} is no such packed model")
+
+
+def test_a_model_without_a_limit_writes_so_many_tokens(small_vocabulary, capsys):
+    model = micro_gpt(vocab_size=2048, block_size=1100)
+    small_vocabulary.end_of_text = None
+    model.config.block_size = math.inf
+    asked = []
+    model.stream = lambda ids, length, **sampling: asked.append(length) or []
+    students.write_text(model, small_vocabulary, "the", seed=0)
+    assert asked == [1024 - len(small_vocabulary.encode_ordinary("the"))]

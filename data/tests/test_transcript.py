@@ -81,7 +81,7 @@ def both(ppl, bpb):
 def test_the_table_has_every_score_and_the_share_that_each_student_wins_back(capsys):
     rows = [
         ("teacher", both(55.09, 2.0), 5873664),
-        ("rounded", both(1e3, 3.0), None),
+        ("rounded", both(1e3, 3.0), 922967),
         ("good", both(60.5, 2.1), 922967),
         ("better", both(3e7, 1.9), 1),
         ("bad", both(61, 3.05), 1),
@@ -97,7 +97,7 @@ def test_the_table_has_every_score_and_the_share_that_each_student_wins_back(cap
     words = [line.split() for line in lines]
     assert words[0] == ["teacher", "55.09", "2.0000", "110.18", "1.0000", "5,873,664"]
     scores = ["1,000.00", "3.0000", "2,000.00", "1.5000"]
-    assert words[1] == ["rounded", *scores, "not", "packed"]
+    assert words[1] == ["rounded", *scores, "922,967"]
     # Rounding costs one bit a byte.
     assert [line[-2] for line in words[2:]] == ["90%", "110%", "-5%"]
     assert words[3][1] == "3e+07"
@@ -133,7 +133,7 @@ BETTER = "This student is better than its teacher. It sees labels as well"
 
 def result(loss, student=50.0, gt_weight=None, teacher=55.0):
     scores = {"student_ppl": student, "teacher_ppl": teacher}
-    return {"loss": loss, "gt_weight": gt_weight} | scores
+    return {"loss": loss, "gt_weight": gt_weight, "bits": 2} | scores
 
 
 def lessons(capsys, *results, **sizes):
@@ -150,8 +150,10 @@ def test_the_sizes_are_explained(capsys):
 
     assert text == expected
 
-    unpacked = {"bytes_packed": None, "linear_bytes_packed": None}
-    assert lessons(capsys, result("tsld", 60.0), **unpacked) == ""
+    row = result("tsld", 60.0) | {"bits": 4}
+    text = lessons(capsys, row, linear_bytes_packed=589_824, bytes_packed=1_217_879)
+    expected = expected.replace("ternary", "4-bit").replace("16 times", "8 times")
+    assert text == expected.replace("294,912", "589,824")
 
 
 @pytest.mark.parametrize(
@@ -248,7 +250,9 @@ def a_setup(block_size=8, valid=range(17), **students):
         args=SimpleNamespace(seed=0),
         device=CPU,
         examples=None,
-        source=SimpleNamespace(tokenizer=SimpleNamespace(decode=decode)),
+        source=SimpleNamespace(
+            name="tiny", model=micro_gpt(), tokenizer=SimpleNamespace(decode=decode)
+        ),
         student=TrainConfig(block_size=block_size),
         students=students,
         tokens={"valid": torch.tensor([*valid])},
