@@ -282,6 +282,54 @@ def test_a_gguf_file_holds_the_ternary_matrices_in_two_bits(tmp_path):
         torch.testing.assert_close(torch.from_numpy(values), weight, rtol=5e-4, atol=0)
 
 
+def test_a_gguf_file_names_the_token_that_ends_the_exports_texts(
+    small_vocabulary, tmp_path, capsys, monkeypatch
+):
+    gguf = pytest.importorskip("gguf")
+    monkeypatch.setattr(llama, "compare", lambda *arguments: None)
+    config = GPTConfig(8, 2048, n_layer=1, n_head=2, n_embd=256)
+    model = tsld.pack_model(tsld.quantize_model(GPT(config)))
+    folder, file = tmp_path / "exported", tmp_path / "model.gguf"
+    hf.export(model, small_vocabulary, folder)
+    run([str(folder), str(file)], capsys, llama.main)
+
+    fields = gguf.GGUFReader(file).fields
+    for name in ("bos", "eos"):
+        (token,) = fields[f"tokenizer.ggml.{name}_token_id"].parts[-1].tolist()
+        assert small_vocabulary.decode_single_token_bytes(token) == b"\0"
+
+    hf.save_gpt2(model, folder)  # which names none
+    words = f"{folder}: its config.json names no one eos_token_id"
+    refused([str(folder), str(file)], capsys, words, llama.main)
+
+
+def test_in_llama_cpp_a_text_ends_where_it_should(
+    small_vocabulary, tmp_path, capsys, monkeypatch
+):
+    pytest.importorskip("gguf")
+    llama_cpp = pytest.importorskip("llama_cpp")
+    monkeypatch.setattr(llama, "compare", lambda *arguments: None)
+    config = {"block_size": 64, "vocab_size": 2048, "n_head": 4, "n_embd": 256}
+    model = micro_gpt(seed=1, **config)
+    model.wpe.weight.data *= 10  # or a random model repeats itself
+    model.ln_f.weight.data.fill_(1)
+    tsld.pack_model(tsld.quantize_model(model))
+    prompt = small_vocabulary.encode_ordinary("the company said")
+    expected = model.generate(torch.tensor([prompt]), 30, temperature=0)[0].tolist()
+    expected = expected[len(prompt) :]
+
+    length = next(n for n in range(8, 30) if expected[n] not in expected[:n])
+    small_vocabulary.end_of_text = expected[length]
+    folder, file = tmp_path / "exported", str(tmp_path / "model.gguf")
+    hf.export(model, small_vocabulary, folder)
+    run([str(folder), file], capsys, llama.main)
+
+    options = {"max_tokens": 30, "temperature": 0.0, "repeat_penalty": 1.0}
+    found = llama_cpp.Llama(file, verbose=False).create_completion(prompt, **options)
+    assert found["choices"][0]["finish_reason"] == "stop"
+    assert found["usage"]["completion_tokens"] == length
+
+
 def test_a_matrix_that_is_not_ternary_is_refused_by_name(tmp_path):
     pytest.importorskip("gguf")
     config = GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=256)

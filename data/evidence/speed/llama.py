@@ -56,8 +56,12 @@ def main(argv):
             f"TQ2_0 takes widths that are multiples of {BLOCK}, not {width}"
         )
 
-    tokenizer = json.loads((Path(args.folder) / "tokenizer.json").read_text())
-    write_gguf(model, args.file, tokenizer)
+    tokenizer = read_json(Path(args.folder) / "tokenizer.json")
+    end_of_text = read_json(Path(args.folder) / "config.json").get("eos_token_id")
+    if type(end_of_text) is not int:
+        raise UserError(f"{args.folder}: its config.json names no one eos_token_id")
+
+    write_gguf(model, args.file, tokenizer, end_of_text)
     print(f"{args.file}: {Path(args.file).stat().st_size:,} bytes")
     if importlib.util.find_spec("llama_cpp"):
         compare(model, args.file)
@@ -67,10 +71,14 @@ def main(argv):
 # The file
 
 
-def write_gguf(model, path, tokenizer=None):
+def read_json(path):
+    return json.loads(path.read_text("utf-8"))
+
+
+def write_gguf(model, path, tokenizer=None, end_of_text=None):
     """model: a GPT. tokenizer: the content of an exported tokenizer.json; None: the
-    file holds no vocabulary, and serves token ids alone. Raises UserError if a matrix
-    is not ternary."""
+    file holds no vocabulary, and serves token ids alone. end_of_text: the token that
+    texts begin and end with. Raises UserError if a matrix is not ternary."""
     import gguf
 
     config = model.config
@@ -87,7 +95,7 @@ def write_gguf(model, path, tokenizer=None):
         writer.add_tokenizer_model("none")
         writer.add_vocab_size(config.vocab_size)
     else:
-        add_vocabulary(writer, tokenizer)
+        add_vocabulary(writer, tokenizer, end_of_text)
 
     for name, module in model.named_modules():
         if llama_name(name) is not None:
@@ -99,7 +107,7 @@ def write_gguf(model, path, tokenizer=None):
     writer.close()
 
 
-def add_vocabulary(writer, tokenizer):
+def add_vocabulary(writer, tokenizer, end_of_text):
     import gguf
 
     vocabulary = dict(tokenizer["model"]["vocab"])
@@ -117,8 +125,8 @@ def add_vocabulary(writer, tokenizer):
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges(tokenizer["model"]["merges"])
-    writer.add_bos_token_id(len(tokens) - 1)
-    writer.add_eos_token_id(len(tokens) - 1)
+    writer.add_bos_token_id(end_of_text)
+    writer.add_eos_token_id(end_of_text)
 
 
 def llama_name(name):
