@@ -23,6 +23,7 @@ import tsld
 from data import tasks
 from data.lib import files, resumable, transcript
 from data.lib.checkpoints import architecture, key_of, set_aside
+from data.lib.checks import check_student, quantized_copy, runs_in
 from data.lib.command import exit_code, make_parser, number
 from data.lib.devices import choose_device, default_dtype
 from data.lib.errors import UserError
@@ -96,11 +97,8 @@ def train_and_compare(setup, out):
 
 def quantized(setup, teacher):
     """The teacher rounded, to be trained. Raises UserError if it cannot be rounded."""
-    student = copy.deepcopy(teacher)
-    try:
-        return tsld.quantize_model(student, setup.args.bits, setup.args.granularity)
-    except ValueError as error:
-        raise UserError(f"--model {setup.source.name}: {error}") from None
+    args = setup.args
+    return quantized_copy(teacher, args.bits, args.granularity, setup.source.name)
 
 
 def result_row(setup, config, scores, sizes, seconds):
@@ -149,6 +147,7 @@ def set_up(args):
     with first_process_first():  # it downloads, the others find
         corpus, texts, examples = load_texts(args.data, args.task)
         source = choose_source(args, device)
+    args.granularity = args.granularity or source.granularity
     tokens, size = encode(texts, source, args.student_tokens)
     teacher, student = configs(args, source, tokens, device)
     students = all_students(student) if args.loss == "all" else {args.loss: student}
@@ -156,8 +155,9 @@ def set_up(args):
     setup = Setup(
         args, device, corpus, source, tokens, size, examples, teacher, student, students
     )
-    ternary = count_ternary(quantized(setup, source.model))
-    transcript.print_setup(source.model, ternary, student, device)
+    rounded = quantized(setup, source.model)
+    check_student(rounded, setup)
+    transcript.print_setup(source.model, count_ternary(rounded), student, device)
     return setup
 
 
@@ -270,7 +270,7 @@ def train_teacher(setup):
 def teacher_path(setup):
     """The teacher's file, named after everything that makes it, to be found again."""
     source = setup.source
-    start = fingerprint(source.model.parameters())
+    start = fingerprint(source.model.state_dict().values())
     text = fingerprint([setup.tokens["train"]])
     made_of = [source.name, architecture(source.model), start]
     made_of += [asdict(setup.teacher), text]
@@ -282,7 +282,7 @@ def frozen_teacher(setup, teacher, scores):
     """The teacher as its students see it: in bfloat16, if products are taken in it and
     the validation perplexity is then the same to three digits."""
     frozen = teacher
-    if setup.student.dtype == "bfloat16":
+    if setup.student.dtype == "bfloat16" and runs_in(torch.bfloat16, teacher):
         half = copy.deepcopy(teacher).to(torch.bfloat16)
         rounded = score(setup, half, ["valid"])["valid"]["ppl"]
         exact = scores["valid"]["ppl"]
@@ -414,8 +414,8 @@ FLAGS = {
     "the student": [
         ("loss", "tsld", {"choices": (*LOSSES, "all")}, "what it learns from"),
         ("bits", 2, {"type": int, "choices": (2, 4)}, "bits per weight; 2 is ternary"),
-        ("granularity", "tensor", {"choices": ("tensor", "channel")},
-         "what shares a scale"),
+        ("granularity", None, {"choices": ("tensor", "channel")},
+         "what shares a scale (default tensor, for models of transformers channel)"),
         ("tsld-temperature", None, {"type": number(float, above=0, finite=False)},
          "τ of the token scale; inf gives every token the same weight "
          + defaults(*(f"{p.student.temperature:g}" for p in (TINY, GPT2)))),

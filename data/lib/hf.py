@@ -12,6 +12,7 @@ ternary ones, without a word.
 import copy
 import importlib.util
 import inspect
+import json
 import math
 import os
 import socket
@@ -22,6 +23,7 @@ import torch
 from torch import nn
 
 import tsld
+from data.lib import checks
 from data.lib.errors import UserError, is_out_of_memory
 from data.lib.exports import export_folder, is_of_disk
 from data.lib.published import dequantized_state, in_dtype, save_gpt2
@@ -74,6 +76,28 @@ def as_linear(layer):
     return linear.train(layer.training)
 
 
+class ExactLinear(nn.Module):
+    """A linear layer that tsld.quantize_model does not see."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features = linear.in_features
+        self.out_features = linear.out_features
+        self.weight = linear.weight
+        self.bias = linear.bias
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
+def keep_exact(model, layers):
+    """Replaces nn.Linear layers by ones that stay in full precision, with the same
+    parameters, in place. layers: name to layer."""
+    exact = {layer: ExactLinear(layer) for layer in layers.values()}
+    for name, layer in layers.items():
+        model.set_submodule(name, exact[layer])
+
+
 # --------------------------------------------------------------------------------------
 # Models in
 
@@ -82,16 +106,50 @@ def as_linear(layer):
 class CausalConfig:
     """The shape of a model of transformers, in the words of GPTConfig.
 
-    A packed file holds it, and fills no model with another one: neither the class nor
-    the number of heads shows in the shapes of a model's tensors.
+    A packed file holds it, and fills no model with another one: most of what decides
+    about a model's outputs does not show in the shapes of its tensors.
     """
 
     architecture: str  # transformers' name of the class
     block_size: float  # longest sequence, in tokens; infinite where there is no limit
-    vocab_size: int  # tokens that have an embedding
+    vocab_size: int  # tokens that have an embedding and a logit
     n_layer: int
     n_head: int  # 0 in a model without attention
     n_embd: int
+    settings: dict  # all else that makes its outputs, in the words of transformers
+
+
+# Settings that change no output: what wrote the files and in which type of numbers.
+OF_THE_FILES = {"architectures", "dtype", "torch_dtype", "transformers_version"}
+
+
+def settings_of(config):
+    """What a configuration of transformers says that its class does not say by itself,
+    as plain values. A later version of the class may have more to say."""
+    try:
+        usual = type(config)().to_dict()
+    except Exception:  # of any type: some classes refuse their own defaults
+        usual = {}
+
+    settings = {}
+    for name, value in config.to_dict().items():
+        is_private = name.startswith("_") or name in OF_THE_FILES or name == "use_cache"
+        if not is_private and (name not in usual or usual[name] != value):
+            settings[name] = value
+    return json.loads(json.dumps(settings, sort_keys=True, default=str))
+
+
+def longest_sequence(config):
+    """How many tokens a model takes, infinite where its configuration has no limit."""
+    names = ("max_position_embeddings", "max_target_positions", "max_seq_len")
+    limits = [getattr(config, name, None) or 0 for name in names]
+    return next((limit for limit in limits if limit > 0), math.inf)
+
+
+def vocabulary_of(inner):
+    """How many tokens a model has an embedding and a logit of."""
+    heads = [inner.get_input_embeddings(), inner.get_output_embeddings()]
+    return min(len(head.weight) for head in heads if hasattr(head, "weight"))
 
 
 class CausalModel(nn.Module):
@@ -111,11 +169,12 @@ class CausalModel(nn.Module):
         config = inner.config.get_text_config()
         self.config = CausalConfig(
             architecture=type(inner).__name__,
-            block_size=getattr(config, "max_position_embeddings", None) or math.inf,
-            vocab_size=len(inner.get_input_embeddings().weight),
-            n_layer=getattr(config, "num_hidden_layers", 0),
-            n_head=getattr(config, "num_attention_heads", 0),
-            n_embd=getattr(config, "hidden_size", 0),
+            block_size=longest_sequence(config),
+            vocab_size=vocabulary_of(inner),
+            n_layer=getattr(config, "num_hidden_layers", None) or 0,
+            n_head=getattr(config, "num_attention_heads", None) or 0,
+            n_embd=getattr(config, "hidden_size", None) or 0,
+            settings=settings_of(inner.config),
         )
 
         # The cache of keys and values has two names in the versions of transformers.
@@ -207,35 +266,35 @@ class LinearHeadModel(CausalModel):
 
 def adapted(inner):
     """A model of transformers as a CausalModel, in eval mode, of which it becomes a
-    part; a LinearHeadModel where it can be one."""
+    part; a LinearHeadModel where it can be one. Layers that it does not simply call
+    stay in full precision. Raises ValueError if it is no causal language model."""
     model = LinearHeadModel(inner).eval()
-    if logits_are_hidden_times_head(model):
-        return model
+    checks.check_causal(model)
+    keep_exact(model, checks.layers_that_are_read(model))
+    if not checks.logits_are_hidden_times_head(model):
+        model = CausalModel(inner).eval()
 
-    return CausalModel(inner).eval()
+    if not cache_is_right(model):
+        model.cache_name = None
+    return model
 
 
 @torch.no_grad()
-def logits_are_hidden_times_head(model):
-    """Whether they are for a few random tokens, and there is no bias to be trained."""
-    head = model.lm_head
-    if getattr(head, "weight", None) is None or head.bias is not None:
+def cache_is_right(model):
+    """Whether tokens after those in the model's cache get the logits that they get when
+    all are read again. A model without a cache, or with one of its own kind, reads them
+    again."""
+    ids = checks.random_ids(model)
+    try:
+        _, cache = model.read(ids[:, :-2], None)
+        for n in (-2, -1):
+            logits, cache = model.read(ids[:, [n]], cache)
+    except Exception:  # of any type: no two classes of caches are alike
         return False
 
-    ids = random_ids(model)
-    hidden = model.hidden(ids)
-    if hidden.shape[-1] != head.weight.shape[1]:
-        return False
-
-    logits = hidden @ head.weight.t()
-    return torch.allclose(model(ids), logits, rtol=1e-5, atol=1e-5)
-
-
-def random_ids(model):
-    """Up to 8 tokens, always the same, int64 (1, T)."""
-    length = min(8, model.config.block_size)
-    rng = torch.Generator().manual_seed(0)
-    return torch.randint(model.config.vocab_size, (1, length), generator=rng)
+    expected = model(ids)[:, -1:]
+    tolerance = 1e-3 * expected.abs().max().item()
+    return torch.allclose(logits, expected, rtol=0, atol=tolerance)
 
 
 def attentions_of(output):
@@ -247,11 +306,12 @@ def attentions_of(output):
 
 def load_model(name_or_folder, attentions=False):
     """Any causal language model of transformers, as a CausalModel in float32 and eval
-    mode, and its TransformersTokenizer.
+    mode, and its TransformersTokenizer. No code in a folder is run.
 
     name_or_folder: owner/name is downloaded once. attentions: L2L compares them, and
     the faster implementations do not write them down. Raises UserError if transformers
-    is not installed, what is asked for cannot be loaded, or it has no attentions.
+    is not installed, or what is asked for cannot be loaded, is not whole, is no causal
+    language model, or has no attentions.
     """
     name = str(name_or_folder)
     if not importlib.util.find_spec("transformers"):
@@ -267,16 +327,12 @@ def load_model(name_or_folder, attentions=False):
     # Without a network a model that was downloaded before still loads.
     is_folder = Path(name).is_dir()
     is_local = is_folder or not can_reach("huggingface.co")
-    options = {"local_files_only": is_local, "dtype": torch.float32}
-    if attentions:
-        options["attn_implementation"] = "eager"
+    options = {"local_files_only": is_local, "trust_remote_code": False}
 
     try:
-        load_tokenizer = transformers.AutoTokenizer.from_pretrained
-        tokenizer = load_tokenizer(name, local_files_only=is_local)
-        inner = transformers.AutoModelForCausalLM.from_pretrained(name, **options)
-        model = adapted(inner)
-        output = model.traced(random_ids(model)) if attentions else None
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
+        model = adapted(load_inner(name, attentions, options))
+        output = model.traced(checks.random_ids(model)) if attentions else None
     except Exception as error:  # of any type: a folder can make it trip over anything
         state = " (offline)" if is_local and not is_folder else ""
         reason = str(error).strip() or type(error).__name__
@@ -285,6 +341,24 @@ def load_model(name_or_folder, attentions=False):
     if attentions and not attentions_of(output):
         raise UserError(f"{name}: L2L compares attentions, and this model has none")
     return model, TransformersTokenizer(name, tokenizer, model.config.vocab_size)
+
+
+def load_inner(name, attentions, options):
+    """The model of transformers alone. Raises ValueError if weights are missing, left
+    over, of another shape, or not in float32."""
+    from transformers import AutoModelForCausalLM
+
+    options = options | {"dtype": torch.float32}
+    if attentions:
+        options["attn_implementation"] = "eager"
+
+    # Of what does not fit transformers gives a list.
+    inner, info = AutoModelForCausalLM.from_pretrained(
+        name, output_loading_info=True, ignore_mismatched_sizes=True, **options
+    )
+    checks.check_loaded(inner, info)
+    checks.check_float32(inner)
+    return inner
 
 
 def can_reach(host):

@@ -65,6 +65,7 @@ class Source:
     tokenizer: object  # a tiktoken.Encoding or a TransformersTokenizer
     preset: object  # a Preset, with the block size that the model gets
     init: str  # "scratch" or "pretrained"
+    granularity: str = "tensor"  # of its student's scales, where none is asked for
 
 
 def with_block_size(preset, size):
@@ -107,4 +108,4 @@ def from_transformers(name, preset, init=None, block_size=None, attentions=False
         raise UserError(f"--block-size {block_size}: {sizes}")
     size = min(longest, block_size or preset.gpt.block_size)
     preset = with_block_size(preset, size)
-    return Source(name, model, tokenizer, preset, "pretrained")
+    return Source(name, model, tokenizer, preset, "pretrained", "channel")

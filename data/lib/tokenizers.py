@@ -64,9 +64,11 @@ class TransformersTokenizer:
             self.end_of_text = zero_byte[-1] if zero_byte else None
 
     def encode_ordinary(self, text):
-        """The text's ids, a list, without a token for its beginning or end. Raises
+        """The text's ids, a list, without a token for its beginning or end. The name of
+        a special token that stands in the text is text, as tiktoken has it. Raises
         UserError if the model has no embedding of one of them."""
-        ids = self.wrapped(text, add_special_tokens=False)["input_ids"]
+        options = {"add_special_tokens": False, "split_special_tokens": True}
+        ids = self.wrapped(text, **options)["input_ids"]
 
         largest = max(ids, default=0)
         if largest >= self.vocab_size:

@@ -377,6 +377,9 @@ class Settings(SimpleNamespace):
     def get_text_config(self):
         return self
 
+    def to_dict(self):
+        return dict(vars(self))
+
 
 SETTINGS = {
     "max_position_embeddings": 8,
@@ -386,45 +389,56 @@ SETTINGS = {
 }
 
 
+class Body(nn.Module):
+    """A micro GPT's hidden states, and a Conv1D."""
+
+    def __init__(self):
+        super().__init__()
+        self.gpt = micro_gpt()
+        self.gpt.ln_f.reset_parameters()  # each position has its own best token
+        self.mix = Conv1D(12, 12)
+        self.mix.bias.data.zero_()
+
+    def states(self, ids):
+        return self.mix(self.gpt.hidden(ids))
+
+    def forward(self, ids, use_cache):
+        assert use_cache is False
+        return (self.states(ids), "more")
+
+
 class StandIn(nn.Module):
-    """Looks like a model of transformers: a micro GPT's hidden states, a Conv1D, and a
-    head by a name of its own. Its cache is the tokens that it has seen. It keeps the
-    lengths of what it has read, and the options that came with them."""
+    """Looks like a model of transformers: a body, and a head by a name of its own. Its
+    cache is the tokens that it has seen. It keeps the lengths of what it has read, and
+    the options that came with them."""
 
     def __init__(self, config=None):
         super().__init__()
         self.config = config or Settings(**SETTINGS)
         self.generation_config = {"eos_token_id": [3, 5]}
-        self.body = micro_gpt()
-        self.body.ln_f.reset_parameters()  # each position has its own best token
-        self.mix = Conv1D(12, 12)
-        self.mix.bias.data.zero_()
+        self.base_model = Body()
         self.out = nn.Linear(12, 17, bias=False)
         self.out.weight.data = randn(17, 12)
         self.asked = []
 
     def get_input_embeddings(self):
-        return self.body.wte
+        return self.base_model.gpt.wte
 
     def get_output_embeddings(self):
         return self.out
 
-    def base_model(self, ids, use_cache):
-        assert use_cache is False
-        return (self.mix(self.body.hidden(ids)), "more")
-
     def logits(self, ids):
-        return self.out(self.mix(self.body.hidden(ids)))
+        return self.out(self.base_model.states(ids))
 
     def attentions(self, ids):
-        return tuple(self.body(ids, trace=True).attention_scores)
+        return tuple(self.base_model.gpt(ids, trace=True).attention_scores)
 
     def answer(self, ids, cache=None, **options):
         self.asked.append((ids.shape[1], options))
         seen = ids if cache is None else torch.cat([cache, ids], dim=1)
         return SimpleNamespace(
             logits=self.logits(seen)[:, -ids.shape[1] :],
-            hidden_states=tuple(self.body(seen, trace=True).hidden_states),
+            hidden_states=tuple(self.base_model.gpt(seen, trace=True).hidden_states),
             attentions=self.attentions(seen),
             cache=seen if options.get("use_cache") else None,
             past_key_values=seen if options.get("use_cache") else None,
@@ -444,8 +458,9 @@ class OlderStandIn(StandIn):
 class CachelessStandIn(StandIn):
     """It has no cache, and takes no argument for it."""
 
-    def base_model(self, ids):
-        return super().base_model(ids, use_cache=False)
+    def __init__(self, config=None):
+        super().__init__(config)
+        self.base_model.forward = lambda ids: (self.base_model.states(ids), "more")
 
     def forward(self, ids, output_hidden_states=None, output_attentions=None):
         return self.answer(ids)
@@ -459,16 +474,20 @@ def test_a_forward_pass_gives_logits_and_makes_no_cache(stand_in):
     inner, ids = stand_in(), micro_ids()
     expected = inner.logits(ids)
     model = hf.adapted(inner)
+    inner.asked.clear()
     torch.testing.assert_close(model(ids), expected)
     torch.testing.assert_close(model.hidden(ids) @ inner.out.weight.t(), expected)
 
     options = {} if stand_in is CachelessStandIn else {"use_cache": False}
-    assert inner.asked == [(8, options)] * len(inner.asked)
+    assert inner.asked == [(8, options)]
 
 
 def test_a_trace_holds_what_transformers_gives():
     model, ids = hf.adapted(StandIn()), micro_ids()
-    trace, expected = model(ids, trace=True), model.inner.body(ids, trace=True)
+    trace, expected = (
+        model(ids, trace=True),
+        model.inner.base_model.gpt(ids, trace=True),
+    )
     everything = {"output_hidden_states": True, "output_attentions": True}
     assert model.inner.asked[-1] == (8, {"use_cache": False} | everything)
     assert isinstance(trace, tsld.Trace)
@@ -490,8 +509,9 @@ def test_a_trace_without_attentions_is_refused(attentions):
 def test_the_configuration_has_our_words_and_what_is_missing_is_no_limit():
     words = {"block_size": 8, "vocab_size": 17, "n_layer": 2, "n_head": 2, "n_embd": 12}
     model = hf.adapted(StandIn())
-    assert asdict(model.config) == {"architecture": "StandIn"} | words
-    unlimited = hf.adapted(StandIn(Settings(num_hidden_layers=2))).config
+    settings = {"settings": SETTINGS}
+    assert asdict(model.config) == {"architecture": "StandIn"} | words | settings
+    unlimited = hf.CausalModel(StandIn(Settings(num_hidden_layers=2))).config
     assert (unlimited.block_size, unlimited.n_head) == (math.inf, 0)
 
 
@@ -516,9 +536,9 @@ def test_a_student_is_quantized_but_for_its_head_packed_saved_and_loaded(tmp_pat
     teacher, ids = hf.adapted(StandIn()), micro_ids()
     student = tsld.quantize_model(copy.deepcopy(teacher))
     assert type(student.lm_head) is nn.Linear
-    assert type(student.inner.body.h[1].mlp.c_fc) is QuantLinear
-    assert type(student.inner.mix) is QuantLinear
-    assert type(teacher.inner.mix) is nn.Linear
+    assert type(student.inner.base_model.gpt.h[1].mlp.c_fc) is QuantLinear
+    assert type(student.inner.base_model.mix) is QuantLinear
+    assert type(teacher.inner.base_model.mix) is nn.Linear
 
     exact = tsld.pack_model(student)(ids)
     tsld.save_model(tmp_path / "packed", student)
@@ -538,7 +558,7 @@ def test_a_student_is_quantized_but_for_its_head_packed_saved_and_loaded(tmp_pat
     "stand_in, changes, words",
     [
         (StandIn, {"num_attention_heads": 3}, "'n_head': 2"),
-        (StandIn, {"max_position_embeddings": 9}, "'block_size': 8"),
+        (StandIn, {"max_position_embeddings": 7}, "'block_size': 8"),
         (OlderStandIn, {}, "'architecture': 'StandIn'"),
     ],
 )
@@ -638,18 +658,34 @@ def scaled(inner):
 
 
 def scaled_where_a_padding_token_has_no_hidden(inner):
-    inner.body.wte.weight.data[0] = 0
-    inner.body.hidden = lambda ids: inner.body.wte(ids)
+    gpt = inner.base_model.gpt
+    gpt.wte.weight.data[0] = 0
+    gpt.hidden = lambda ids: gpt.wte(ids)
     scaled(inner)
 
 
 def of_another_width(inner):
-    inner.mix = Conv1D(10, 12)
-    inner.logits = lambda ids: inner.out(inner.body.hidden(ids))
+    body = inner.base_model
+    body.mix = Conv1D(10, 12)
+    inner.logits = lambda ids: inner.out(body.gpt.hidden(ids))
 
 
 def without_a_head(inner):
     inner.get_output_embeddings = lambda: None
+
+
+def capped_far_above_its_logits(inner):
+    inner.out.register_forward_hook(lambda *step: 5e3 * torch.tanh(step[-1] / 5e3))
+
+
+def with_a_bias_elsewhere(inner):
+    inner.bias = nn.Parameter(torch.zeros(17))
+    inner.out.register_forward_hook(lambda *step: step[-1] + inner.bias)
+
+
+def with_dropout_before_the_head(inner):
+    inner.dropout = nn.Dropout(0.5)
+    inner.out.register_forward_pre_hook(lambda _, x: inner.dropout(x[0]))
 
 
 @pytest.mark.parametrize(
@@ -661,6 +697,9 @@ def without_a_head(inner):
         scaled_where_a_padding_token_has_no_hidden,
         of_another_width,
         without_a_head,
+        capped_far_above_its_logits,
+        with_a_bias_elsewhere,
+        with_dropout_before_the_head,
     ],
 )
 def test_logits_that_are_more_than_hidden_times_head_have_no_hidden(change):
@@ -678,14 +717,16 @@ def test_an_unpacked_student_is_a_model_of_its_class_with_its_settings():
     student = tsld.pack_model(tsld.quantize_model(hf.adapted(inner)))
     model = hf.unpacked(student)
 
-    assert type(model) is StandIn and type(model.mix) is Conv1D
+    assert type(model) is StandIn and type(model.base_model.mix) is Conv1D
     assert not model.training
     torch.testing.assert_close(model(ids).logits, student(ids))
-    assert model.mix.weight.unique().numel() <= 3
+    assert model.base_model.mix.weight.unique().numel() <= 3
     assert model.config == inner.config and model.config is not inner.config
     assert model.generation_config == {"eos_token_id": 7}
     assert model.generation_config is not inner.generation_config
-    assert type(student.inner.mix) is tsld.PackedLinear  # the student is left alone
+    assert (
+        type(student.inner.base_model.mix) is tsld.PackedLinear
+    )  # the student is left alone
 
 
 def test_without_the_package_a_model_of_transformers_is_refused(monkeypatch):
@@ -804,7 +845,9 @@ def test_a_familys_model_looks_like_ours_and_computes_what_it_did(name):
     wanted = [expected.logits, *expected.hidden_states, *expected.attentions]
     found = [trace.logits, *trace.hidden_states, *trace.attention_scores]
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
-    assert asdict(model.config) == {
+    config = asdict(model.config)
+    assert config.pop("settings").items() <= inner.config.to_dict().items()
+    assert config == {
         "architecture": name,
         "block_size": FAMILIES[name][0].get("max_position_embeddings", 16),
         "vocab_size": 17,

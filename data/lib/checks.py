@@ -1,0 +1,290 @@
+"""What a causal language model of another program has to be like, judged by what its
+loader reports and by what the model computes.
+
+Every check raises ValueError that names one cause; UserError where it is the command's.
+"""
+
+import copy
+
+import torch
+from torch import nn
+
+import tsld
+from data.lib.devices import check_memory
+from data.lib.errors import UserError
+from tsld import QuantLinear
+
+# The share of a student's matrix weights that may stay as they were. Convolutions and
+# the like are below it, experts that share one parameter are far above.
+LARGEST_EXACT_SHARE = 0.05
+
+
+# --------------------------------------------------------------------------------------
+# A model as it was loaded
+
+
+def check_loaded(model, info):
+    """Raises ValueError if the weights in a model's files are not those of the model:
+    whatever is missing would be random numbers. info: transformers' loading info, from
+    which transformers has taken what is tied, or what the model says is not needed."""
+    unexpected = [x for x in info["unexpected_keys"] if not is_computed(x, model)]
+
+    faults = []
+    if info["missing_keys"]:
+        faults.append(f"lack {first_of(info['missing_keys'])}")
+    if unexpected:
+        faults.append(f"have {first_of(unexpected)}, unknown to the model")
+
+    differing = {name: shapes for name, *shapes in info["mismatched_keys"]}
+    if differing:
+        in_file, in_model = map(tuple, differing[min(differing)])
+        shapes = f"of shape {in_file}, where the model's is {in_model}"
+        faults.append(f"have {first_of(differing)} {shapes}")
+
+    if faults:
+        message = "; ".join(f"they {fault}" for fault in faults)
+        raise ValueError(f"its weights are not those of its config.json: {message}")
+
+
+def is_computed(name, model):
+    """Whether a name in a file is of what the model now computes: older files have
+    their causal masks and what was added where these are 0, with a prefix or without.
+    """
+    buffers = [f".{buffer}" for buffer, _ in model.named_buffers()]
+    ends_alike = [b.endswith(f".{name}") or f".{name}".endswith(b) for b in buffers]
+    return any(ends_alike) or name.endswith("attn.masked_bias")
+
+
+def first_of(names):
+    """The first of some names in print, and how many more there are."""
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"{min(names)}{more}"
+
+
+def check_float32(model):
+    """Raises ValueError if a parameter is not float32. Steps that are small beside a
+    weight are lost in fewer digits."""
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != torch.float32:
+            raise ValueError(f"{name} is {parameter.dtype}, and not torch.float32")
+
+
+# --------------------------------------------------------------------------------------
+# What it computes
+
+
+def random_ids(model, length=8):
+    """Tokens, always the same, int64 (1, T). T is `length`, or the model's longest."""
+    length = min(length, model.config.block_size)
+    rng = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (1, length), generator=rng)
+    return ids.to(next(model.parameters()).device)
+
+
+@torch.no_grad()
+def check_causal(model):
+    """Raises ValueError if the model does not give a logit for each token that it can
+    read, or if earlier logits change with the last token: it sees the future."""
+    ids = random_ids(model)
+    logits = model(ids)
+    vocab_size = model.config.vocab_size
+    if logits.shape[:-1] != ids.shape or logits.shape[-1] < vocab_size:
+        wanted = f"(1, {ids.shape[1]}, {vocab_size})"
+        raise ValueError(
+            f"its logits have shape {tuple(logits.shape)}, and not {wanted}"
+        )
+    if not logits.isfinite().all():
+        raise ValueError("its logits are not all finite")
+
+    ids[0, -1] = (ids[0, -1] + 1) % vocab_size
+    change = (model(ids) - logits)[:, :-1].abs().max().item()
+    if change > 1e-4 * logits.abs().max().item():
+        message = f"with another last token earlier logits change by {change:.2g}"
+        raise ValueError(f"it is no causal language model: {message}")
+
+
+@torch.no_grad()
+def check_length(model, length, dtype=torch.float32):
+    """Raises ValueError if the model does not take so many tokens. Its configuration
+    may say that it does, or nothing at all. dtype: of the products."""
+    ids = random_ids(model, length)
+    is_mixed = dtype != torch.float32
+    try:
+        with torch.autocast(ids.device.type, dtype, enabled=is_mixed):
+            model(ids)
+    except Exception as error:  # of any type: an index, a shape, a limit of its own
+        reason = str(error).strip() or type(error).__name__
+        message = f"it does not take {length} tokens in {dtype}"
+        raise ValueError(f"{message}: {reason.splitlines()[0]}") from None
+
+
+@torch.no_grad()
+def runs_in(dtype, model):
+    """Whether the model computes if all its parameters are of another dtype: some mix
+    them with numbers of a dtype that they have chosen themselves."""
+    try:
+        copy.deepcopy(model).to(dtype)(random_ids(model))
+    except RuntimeError:
+        return False
+    return True
+
+
+@torch.no_grad()
+def logits_are_hidden_times_head(model):
+    """Whether model(ids) is model.hidden(ids) @ model.lm_head.weight.T and nothing
+    more, in training too. A soft cap shows at large logits alone, dropout in training
+    alone, and a bias or a factor that is still at its start in the parameters alone.
+    """
+    head = model.lm_head
+    weight = getattr(head, "weight", None)
+    is_matrix = isinstance(weight, nn.Parameter) and weight.dim() == 2
+    base = model.inner.base_model
+    if not is_matrix or base is model.inner:
+        return False
+
+    inside = {id(parameter) for parameter in (weight, *base.parameters())}
+    if any(id(parameter) not in inside for parameter in model.inner.parameters()):
+        return False
+
+    was_training = model.training
+    try:
+        for training, factor in ((False, 1), (False, 2**12), (True, 1)):
+            model.train(training)
+            if not is_hidden_times_weight(model, weight, factor):
+                return False
+    finally:
+        model.train(was_training)
+    return True
+
+
+def is_hidden_times_weight(model, weight, factor):
+    """The same for a few tokens in the model's present mode, its head multiplied by a
+    power of 2, which a division takes back exactly."""
+    ids = random_ids(model)
+    weight.mul_(factor)
+    try:
+        # Both passes draw the same dropout.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            hidden = model.hidden(ids)
+            torch.manual_seed(0)
+            logits = model(ids)
+
+        if hidden.dim() != 3 or hidden.shape[-1] != weight.shape[1]:
+            return False
+        expected = hidden @ weight.t()
+    finally:
+        weight.div_(factor)
+
+    if expected.shape != logits.shape:
+        return False
+    tolerance = 1e-5 * expected.abs().max().item()
+    return torch.allclose(logits, expected, rtol=0, atol=tolerance)
+
+
+# --------------------------------------------------------------------------------------
+# Layers that are read
+
+
+class Watched(nn.Module):
+    """A linear layer that notes whether anything else is done with it than to call it.
+    A packed layer has no weight to be read, and a quantized one does not quantize what
+    is read."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.watched = [layer]  # no submodule of this one
+        self.is_read = False
+
+    def forward(self, x):
+        return self.watched[0](x)
+
+    def __getattr__(self, name):
+        if name not in ("bias", "in_features"):
+            self.is_read = True
+        return getattr(self.watched[0], name)
+
+
+@torch.no_grad()
+def layers_that_are_read(model):
+    """The nn.Linear layers, name to layer, of which a forward pass reads more than
+    their bias: it multiplies by the weight itself, or asks for its type."""
+    layers = {}
+    for name, module in [*model.named_modules(remove_duplicate=False)]:
+        if type(module) is nn.Linear and module is not model.lm_head:
+            layers[name] = module
+    watched = {layer: Watched(layer) for layer in layers.values()}
+
+    was_training = model.training
+    for name, layer in layers.items():
+        model.set_submodule(name, watched[layer])
+    try:
+        for training in (True, False):  # there may be a faster way in one of them
+            model.train(training)
+            model(random_ids(model))
+    finally:
+        for name, layer in layers.items():
+            model.set_submodule(name, layer)
+        model.train(was_training)
+
+    return {name: layer for name, layer in layers.items() if watched[layer].is_read}
+
+
+# --------------------------------------------------------------------------------------
+# What quantization leaves out
+
+
+def quantized_copy(model, bits, granularity, name):
+    """A copy whose linear layers are quantized. name: what --model says. Raises
+    UserError if it has none, or one that cannot be."""
+    try:
+        return tsld.quantize_model(copy.deepcopy(model), bits, granularity)
+    except ValueError as error:
+        raise UserError(f"--model {name}: {error}") from None
+
+
+def exact_matrices(student):
+    """What stays in full precision in a quantized model though it is neither embedding
+    nor output head nor norm: a list of names, and their share of the weights that are
+    in matrices. Whatever has two dimensions or more counts as a matrix."""
+    spared = {id(getattr(student.lm_head, "weight", None))}
+    quantized = set()
+    for module in student.modules():
+        own = {id(parameter) for parameter in module.parameters(recurse=False)}
+        is_norm = "norm" in type(module).__name__.lower()
+        if is_norm or isinstance(module, nn.Embedding):
+            spared |= own
+        if isinstance(module, QuantLinear):
+            quantized.add(id(module.weight))
+
+    names = []
+    sizes = {"exact": 0, "quantized": 0}
+    for name, parameter in student.named_parameters():
+        if id(parameter) in quantized:
+            sizes["quantized"] += parameter.numel()
+        elif parameter.dim() > 1 and id(parameter) not in spared:
+            sizes["exact"] += parameter.numel()
+            names.append(name.removeprefix("inner."))
+
+    return names, sizes["exact"] / max(1, sum(sizes.values()))
+
+
+def check_student(student, setup):
+    """Raises UserError if a run cannot train the student, a quantized model, or if too
+    much of it is not quantized. Says what is not, if it is little."""
+    name, config = setup.source.name, setup.student
+    check_memory(setup.device, student, config)
+    try:
+        check_length(student, config.block_size, getattr(torch, config.dtype))
+    except ValueError as error:
+        raise UserError(f"--model {name}: {error}") from None
+
+    names, share = exact_matrices(student)
+    if not names:
+        return
+
+    what = f"{share:.1%} of its matrix weights, in no layer that is quantized"
+    if share > LARGEST_EXACT_SHARE:
+        message = f"--model {name} would keep full precision in {what}"
+        raise UserError(f"{message}: {first_of(names)}")
+    print(f"full precision: {what}: {first_of(names)}", flush=True)

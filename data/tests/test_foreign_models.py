@@ -1,0 +1,569 @@
+"""Models of other programs that are not what they seem: data/lib/checks.py, and what
+data/lib/hf.py and the command refuse before anything is trained.
+
+    1. Weights that do not all load
+    2. What a model computes
+    3. What quantization leaves out
+    4. Another model under the same name
+    5. Tokens
+    6. Kinds of transformers
+"""
+
+import copy
+import json
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import train_small
+import tsld
+from data.lib import checks, hf
+from data.lib.checkpoints import architecture
+from data.lib.devices import check_memory
+from data.lib.errors import UserError
+from data.lib.tokenizers import TransformersTokenizer
+from data.tests import helpers
+from data.tests.helpers import MICRO, WORDS, micro_gpt
+from tsld import GPT, TrainConfig
+
+SIZES = {
+    "vocab_size": 256,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
+def build(name, **changes):
+    """A model of transformers of a few thousand random parameters, in eval mode."""
+    transformers = pytest.importorskip("transformers")
+    of_class = getattr(transformers, name)
+    torch.manual_seed(0)
+    model = of_class(of_class.config_class(**SIZES | changes)).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A LLaMA and a tokenizer of bytes, saved as transformers does."""
+    path = tmp_path / "llama"
+    helpers.save_tokenizer_of_bytes(path)
+    build("LlamaForCausalLM").save_pretrained(path)
+    return path
+
+
+# --------------------------------------------------------------------------------------
+# 1. Weights that do not all load
+
+
+def rewrite(folder, change):
+    """Changes the weights in a folder. change: of a dict of names and tensors."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    path = folder / "model.safetensors"
+    weights = safetensors.load_file(path)
+    change(weights)
+    safetensors.save_file(weights, path, metadata={"format": "pt"})
+
+
+def configure(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def without_a_head(folder):
+    rewrite(folder, lambda weights: weights.pop("lm_head.weight"))
+    return "they lack lm_head.weight"
+
+
+def without_a_norm(folder):
+    rewrite(folder, lambda weights: weights.pop("model.norm.weight"))
+    return "they lack model.norm.weight"
+
+
+def with_a_prefix(folder):
+    def change(weights):
+        for name in [*weights]:
+            weights[f"net.{name}"] = weights.pop(name)
+
+    rewrite(folder, change)
+    return "they lack lm_head.weight and 20 more; they have net.lm_head.weight and 20"
+
+
+def with_a_layer_more(folder):
+    configure(folder, num_hidden_layers=3)
+    return "they lack model.layers.2.input_layernorm.weight and 8 more"
+
+
+def with_a_layer_less(folder):
+    configure(folder, num_hidden_layers=1)
+    return "they have model.layers.1.input_layernorm.weight and 8 more, unknown"
+
+
+def wider_than_its_weights(folder):
+    configure(folder, intermediate_size=32)
+    shapes = "of shape (16, 24), where the model's is (16, 32)"
+    return f"they have model.layers.0.mlp.down_proj.weight and 5 more {shapes}"
+
+
+def of_another_architecture(folder):
+    configure(folder, architectures=["GPTNeoXForCausalLM"], model_type="gpt_neox")
+    return "they lack "
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        without_a_head,
+        without_a_norm,
+        with_a_prefix,
+        with_a_layer_more,
+        with_a_layer_less,
+        wider_than_its_weights,
+        of_another_architecture,
+    ],
+)
+def test_weights_that_do_not_all_load_are_refused_by_name(damage, folder):
+    words = damage(folder)
+    with pytest.raises(UserError) as refusal:
+        hf.load_model(folder)
+
+    message = str(refusal.value)
+    assert message.startswith(f"{folder}: its weights are not those of ")
+    assert words in message
+    assert "\n" not in message
+
+
+def test_weights_that_are_tied_or_that_the_model_says_it_ignores_may_be_missing(folder):
+    tied = build("LlamaForCausalLM", tie_word_embeddings=True)
+    tied.save_pretrained(folder)
+    rewrite(folder, lambda weights: weights.pop("lm_head.weight", None))
+    model, _ = hf.load_model(folder)
+    assert model.lm_head.weight is model.inner.model.embed_tokens.weight
+    assert torch.equal(model.lm_head.weight, tied.lm_head.weight)
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", ""])
+def test_the_masks_in_older_files_of_gpt2_are_nothing_unexpected(prefix, folder):
+    gpt2 = build("GPT2LMHeadModel", n_positions=64, n_head=2, n_inner=24)
+    gpt2.save_pretrained(folder)
+
+    def change(weights):
+        for name in [*weights]:
+            weights[name.replace("transformer.", prefix)] = weights.pop(name)
+        weights[f"{prefix}h.0.attn.bias"] = torch.ones(1, 1, 64, 64)
+        weights[f"{prefix}h.0.attn.masked_bias"] = torch.tensor(-1e4)
+
+    rewrite(folder, change)
+    model, _ = hf.load_model(folder)
+    ids = checks.random_ids(model)
+    torch.testing.assert_close(model(ids), gpt2(ids).logits, rtol=1e-4, atol=1e-4)
+
+    rewrite(folder, lambda weights: weights.update({"h.0.attn.more": torch.ones(1)}))
+    with pytest.raises(UserError, match="they have h.0.attn.more, unknown"):
+        hf.load_model(folder)
+
+
+def test_weights_in_half_precision_become_float32_and_others_are_refused(folder):
+    build("LlamaForCausalLM").to(torch.bfloat16).save_pretrained(folder)
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
+    model, _ = hf.load_model(folder)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+    model.inner.model.norm.half()
+    words = "inner.model.norm.weight is torch.float16, and not torch.float32"
+    with pytest.raises(ValueError, match=words):
+        checks.check_float32(model)
+
+
+def test_no_code_in_a_folder_is_run(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    code = "import pathlib\npathlib.Path('executed').touch()\n"
+    (folder / "modeling_own.py").write_text(code)
+    names = {"AutoConfig": "modeling_own.C", "AutoModelForCausalLM": "modeling_own.M"}
+    configure(folder, model_type="own", auto_map=names)
+    monkeypatch.setattr("builtins.input", lambda *_: "yes")
+    with pytest.raises(UserError) as refusal:
+        hf.load_model(folder)
+    assert "\n" not in str(refusal.value)
+    assert not (folder / "executed").exists()
+
+
+# --------------------------------------------------------------------------------------
+# 2. What a model computes
+
+
+@pytest.mark.parametrize(
+    "name, changes, has_hidden",
+    [
+        ("LlamaForCausalLM", {}, True),
+        ("LlamaForCausalLM", {"pad_token_id": 0}, True),
+        ("GraniteForCausalLM", {"logits_scaling": 8.0}, False),
+        ("GraniteForCausalLM", {"logits_scaling": 8.0, "pad_token_id": 0}, False),
+        ("CohereForCausalLM", {"logit_scale": 0.0625}, False),
+        ("Gemma2ForCausalLM", {"head_dim": 8}, False),  # capped at 30
+        ("GPTJForCausalLM", {"rotary_dim": 4, "n_inner": 24}, False),  # with a bias
+        ("OPTForCausalLM", {"ffn_dim": 24, "word_embed_proj_dim": 16}, True),
+        ("BloomForCausalLM", {}, True),
+    ],
+)
+def test_the_loss_without_logits_is_for_models_that_have_nothing_but_a_head(
+    name, changes, has_hidden
+):
+    inner = build(name, **changes)
+    if "pad_token_id" in changes:
+        inner.get_input_embeddings().weight.data[0] = 0
+    bias = inner.get_output_embeddings().bias
+    if bias is not None:
+        bias.data.zero_()  # as in a new model
+
+    before = copy.deepcopy(inner.state_dict())
+    model = hf.adapted(inner)
+    assert hasattr(model, "hidden") == has_hidden
+    assert all(torch.equal(inner.state_dict()[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("name", ["BertLMHeadModel", "RobertaForCausalLM"])
+def test_a_model_that_sees_the_future_is_refused(name, folder):
+    build(name).save_pretrained(folder)
+    with pytest.raises(UserError, match="is no causal language model: with another"):
+        hf.load_model(folder)
+
+    build(name, is_decoder=True).save_pretrained(folder)
+    assert hf.load_model(folder)[0].config.architecture == name
+
+
+class Seer(nn.Module):
+    """Its logits are its embeddings and a little of what comes later."""
+
+    config = SimpleNamespace(block_size=64, vocab_size=17)
+
+    def __init__(self, share):
+        super().__init__()
+        self.wte = nn.Embedding(17, 17)
+        self.share = share
+
+    def forward(self, ids):
+        later = self.wte(ids).flip(1).cumsum(1).flip(1)
+        return self.wte(ids) + self.share * later
+
+
+def test_a_thousandth_of_the_future_is_seen():
+    checks.check_causal(Seer(0.0))
+    with pytest.raises(ValueError, match="earlier logits change by 0.00"):
+        checks.check_causal(Seer(1e-3))
+
+
+@pytest.mark.parametrize(
+    "logits, words",
+    [
+        (lambda ids: torch.zeros(1, 1, 17), "(1, 1, 17), and not (1, 8, 17)"),
+        (lambda ids: torch.zeros(*ids.shape, 16), "(1, 8, 16), and not (1, 8, 17)"),
+        (lambda ids: torch.full((*ids.shape, 17), math.nan), "not all finite"),
+    ],
+)
+def test_logits_that_are_none_for_each_token_are_refused(logits, words):
+    model = Seer(0.0)
+    model.forward = logits
+    with pytest.raises(ValueError) as refusal:
+        checks.check_causal(model)
+    assert words in str(refusal.value)
+
+
+def test_a_model_whose_cache_goes_wrong_reads_all_tokens_again():
+    inner = build("LlamaForCausalLM")
+    ids = torch.randint(256, (1, 5))
+    expected = hf.adapted(inner).generate(ids, 4, temperature=0)
+
+    forward = type(inner).forward
+
+    def forgetful(input_ids, past_key_values=None, use_cache=None, **options):
+        return forward(inner, input_ids, use_cache=use_cache, **options)
+
+    inner.forward = forgetful
+    model = hf.adapted(inner)
+    assert model.cache_name is None
+    assert torch.equal(model.generate(ids, 4, temperature=0), expected)
+
+
+# --------------------------------------------------------------------------------------
+# 3. What quantization leaves out
+
+
+class Block(nn.Module):
+    """A linear layer of 900 weights, which is called or read, experts that share one
+    parameter of 100, and what does not count."""
+
+    def __init__(self, is_read=False):
+        super().__init__()
+        self.norm = nn.GroupNorm(2, 30)
+        self.norm.weight = nn.Parameter(torch.ones(30, 1))
+        self.linear = nn.Linear(30, 30)
+        self.experts = nn.Parameter(torch.ones(2, 5, 10))
+        self.bias = nn.Parameter(torch.ones(30))
+        self.is_read = is_read
+
+    def forward(self, x):
+        if self.is_read:
+            return x @ self.linear.weight.t() + self.linear.bias
+        return self.linear(x)
+
+
+class Small(nn.Module):
+    config = SimpleNamespace(block_size=8, vocab_size=17, n_layer=1, n_embd=30)
+
+    def __init__(self, is_read=False):
+        super().__init__()
+        self.inner = nn.Module()
+        self.inner.wte = nn.Embedding(17, 30)
+        self.inner.block = Block(is_read)
+        self.lm_head = nn.Linear(30, 17, bias=False)
+
+    def forward(self, ids):
+        return self.lm_head(self.inner.block(self.inner.wte(ids)))
+
+
+def test_what_stays_exact_is_named_with_its_share_but_for_embeddings_head_and_norms():
+    names, share = checks.exact_matrices(tsld.quantize_model(Small()))
+    assert names == ["block.experts"]
+    assert share == 100 / 1000
+    assert checks.exact_matrices(tsld.quantize_model(micro_gpt())) == ([], 0)
+
+
+def setup_of(**changes):
+    """What check_student asks of a run."""
+    config = TrainConfig(batch_size=4, block_size=8)
+    return SimpleNamespace(
+        source=SimpleNamespace(name="a/b"),
+        student=replace(config, **changes),
+        device=torch.device("cpu"),
+    )
+
+
+def test_a_run_says_what_stays_exact_and_refuses_more_than_a_little(capsys):
+    student = tsld.quantize_model(Small())
+    words = "--model a/b would keep full precision in 10.0% of its matrix weights"
+    with pytest.raises(UserError, match=f"{words}.*: block.experts$"):
+        checks.check_student(student, setup_of())
+
+    student.inner.block.experts = nn.Parameter(torch.ones(2, 2, 10))
+    checks.check_student(student, setup_of())
+    printed = capsys.readouterr().out
+    assert printed.startswith("full precision: 4.3% of its matrix weights")
+    assert printed.endswith(": block.experts\n")
+
+    checks.check_student(tsld.quantize_model(micro_gpt()), setup_of())
+    assert capsys.readouterr().out == ""
+
+
+def test_a_model_that_does_not_take_its_block_is_refused():
+    student = tsld.quantize_model(micro_gpt())
+    student.config = replace(student.config, block_size=99)
+    words = "--model a/b: it does not take 9 tokens in torch.bfloat16: The size of"
+    with pytest.raises(UserError, match=words):
+        checks.check_student(student, setup_of(block_size=9, dtype="bfloat16"))
+
+
+def test_layers_that_are_read_and_not_called_are_found_and_stay_in_full_precision():
+    model = Small()
+    before = [*model.modules()]
+    assert checks.layers_that_are_read(model) == {}
+
+    model.inner.block.is_read = True
+    ids = checks.random_ids(model)
+    expected = model(ids)
+    layers = checks.layers_that_are_read(model)
+    assert layers == {"inner.block.linear": model.inner.block.linear}
+    assert [*model.modules()] == before
+
+    hf.keep_exact(model, layers)
+    assert type(model.inner.block.linear) is hf.ExactLinear
+    assert torch.equal(model(ids), expected)
+    assert [*model.state_dict()] == [*Small().state_dict()]
+    with pytest.raises(ValueError, match="no nn.Linear"):
+        tsld.quantize_model(model)
+
+
+def test_a_student_of_mamba_which_may_read_layers_computes_the_same_when_packed():
+    sizes = {"state_size": 2, "time_step_rank": 2, "num_hidden_layers": 1}
+    student = tsld.quantize_model(hf.adapted(build("MambaForCausalLM", **sizes)))
+
+    ids = checks.random_ids(student)
+    expected = student(ids)
+    packed = tsld.pack_model(student)
+    torch.testing.assert_close(packed(ids), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("MixtralForCausalLM", "would keep full precision in "),
+        ("RwkvForCausalLM", "would keep full precision in "),
+    ],
+)
+def test_the_command_refuses_before_it_trains(name, words, folder, tmp_path, capsys):
+    sizes = {"num_local_experts": 2, "attention_hidden_size": 16}
+    build(name, **sizes).save_pretrained(folder)
+    assert words in refused_run(folder, tmp_path, capsys)
+
+
+def refused_run(folder, tmp_path, capsys, *flags):
+    """What a run says on stderr that is refused before it makes a checkpoint."""
+    text = tmp_path / "text.txt"
+    text.write_text(WORDS * 40)
+    out = tmp_path / "out"
+    words = ["--model", str(folder), "--data", str(text), "--out", str(out)]
+    words += ["--device", "cpu", "--dtype", "float32", "--block-size", "16", *flags]
+    code = train_small.main(words)
+    printed = capsys.readouterr().err
+    assert code == 2 and printed.count("\n") == 1, printed
+    assert not [*out.glob("*.pt")]
+    return printed
+
+
+def test_a_batch_that_no_memory_holds_is_refused_before_the_teacher_is_trained(
+    folder, tmp_path, capsys
+):
+    batch = ["--batch-size", str(10**15)]
+    printed = refused_run(folder, tmp_path, capsys, *batch)
+    assert "a batch of 1,000,000,000,000,000 x 16 tokens takes " in printed
+    assert "lower --batch-size" in printed
+
+
+@pytest.mark.parametrize(
+    "batch_size, accumulate, is_refused",
+    [(1000, 1, False), (10**10, 1, True), (10**10, 10**9, True), (10**8, 10**6, False)],
+)
+def test_memory_is_that_of_what_each_layer_keeps_and_of_the_tokens(
+    batch_size, accumulate, is_refused, monkeypatch
+):
+    monkeypatch.setattr("data.lib.devices.memory_of", lambda device: 16e9)
+    model = SimpleNamespace(config=GPT(MICRO).config)  # 2 layers of 12
+    config = TrainConfig(batch_size=batch_size, block_size=8, accumulate=accumulate)
+    if is_refused:
+        with pytest.raises(UserError, match="or more, the cpu has 16 GB"):
+            check_memory(torch.device("cpu"), model, config)
+    else:
+        check_memory(torch.device("cpu"), model, config)
+
+
+def test_a_scale_for_each_channel_is_the_default_of_models_of_transformers(
+    folder, tmp_path
+):
+    text = tmp_path / "text.txt"
+    text.write_text(WORDS * 40)
+    common = ["--data", str(text), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    foreign = ["--model", str(folder), "--block-size", "16"]
+    for flags, expected in (
+        (foreign, "channel"),
+        ([*foreign, "--granularity", "tensor"], "tensor"),
+        (["--model", "tiny"], "tensor"),
+        (["--model", "tiny", "--granularity", "channel"], "channel"),
+    ):
+        setup = train_small.set_up(train_small.parse([*flags, *common]))
+        assert setup.args.granularity == expected
+        student = train_small.quantized(setup, setup.source.model)
+        layers = [m for m in student.modules() if isinstance(m, tsld.QuantLinear)]
+        assert {layer.granularity for layer in layers} == {expected}
+
+
+# --------------------------------------------------------------------------------------
+# 4. Another model under the same name
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}},
+        {"rms_norm_eps": 0.1},
+        {"hidden_act": "gelu"},
+        {"attention_dropout": 0.1},
+    ],
+)
+def test_a_setting_that_changes_outputs_is_in_the_key_and_in_the_packed_file(
+    changes, tmp_path
+):
+    model = hf.adapted(build("LlamaForCausalLM"))
+    other = hf.adapted(build("LlamaForCausalLM", **changes))
+    assert architecture(model) != architecture(other)
+
+    student = tsld.pack_model(tsld.quantize_model(model))
+    tsld.save_model(tmp_path / "packed", student)
+    with pytest.raises(tsld.CheckpointError):
+        tsld.load_model(tmp_path / "packed", into=other)
+
+
+def test_how_the_files_were_written_is_not_in_the_key(folder):
+    model, _ = hf.load_model(folder)
+    configure(folder, transformers_version="4.1", dtype="bfloat16", use_cache=False)
+    again, _ = hf.load_model(folder, attentions=True)
+    assert architecture(model) == architecture(again)
+
+
+def test_a_teacher_is_not_found_again_if_a_buffer_is_another(tmp_path):
+    model = micro_gpt()
+    model.register_buffer("shift", torch.zeros(3))
+    setup = SimpleNamespace(
+        args=SimpleNamespace(out=tmp_path),
+        source=SimpleNamespace(name="a/b", model=model),
+        teacher=TrainConfig(),
+        tokens={"train": torch.arange(9)},
+    )
+    path = train_small.teacher_path(setup)
+    assert train_small.teacher_path(setup) == path
+    model.shift += 1
+    assert train_small.teacher_path(setup) != path
+
+
+# --------------------------------------------------------------------------------------
+# 5. Tokens
+
+
+def test_the_name_of_a_special_token_in_a_text_is_text(tmp_path):
+    helpers.save_tokenizer_of_bytes(tmp_path)
+    transformers = pytest.importorskip("transformers")
+    wrapped = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    wrapped.add_special_tokens({"eos_token": "<|endoftext|>"})
+    tokenizer = TransformersTokenizer("x", wrapped, 257)
+    assert tokenizer.end_of_text == 256
+
+    text = "a<|endoftext|>b"
+    ids = tokenizer.encode_ordinary(text)
+    assert len(ids) == len(text)
+    assert tokenizer.decode(ids) == text
+
+
+# --------------------------------------------------------------------------------------
+# 6. Kinds of transformers
+
+
+@pytest.mark.parametrize(
+    "kind, verdict",
+    [
+        ("bloom", "works"),
+        ("cohere", "works"),
+        ("gemma2", "works"),
+        ("gptj", "works"),
+        ("llama", "works"),
+        ("mpt", "works"),
+        ("mixtral", "refused: --model model would keep full precision in "),
+        ("rwkv", "refused: --model model would keep full precision in "),
+        ("phimoe", "refused: --model model: inner.model.layers.0.mlp.router is a "),
+        ("xlnet", "refused: model: it is no causal language model: with another "),
+    ],
+)
+def test_a_kind_is_trained_packed_exported_and_opened_again_or_refused_in_a_line(
+    kind, verdict, tmp_path
+):
+    pytest.importorskip("transformers")
+    from data.evidence.pretrained import kinds
+
+    assert kinds.judge(kind, tmp_path).startswith(verdict)
