@@ -79,7 +79,7 @@ def test_another_number_is_refused_with_the_bound_that_it_breaks(
 
 def test_a_flag_that_is_not_named_has_its_default():
     values = vars(train_small.parse([]))
-    defaults = {"loss": "tsld", "bits": 2, "granularity": "tensor", "accumulate": 1}
+    defaults = {"loss": "tsld", "bits": 2, "accumulate": 1}
     defaults |= {"seed": 0, "teacher_seed": 0, "out": "out", "prompt": "the"}
     defaults |= {"compile": False, "resume": False}
 
@@ -401,8 +401,10 @@ def test_a_disk_without_room_is_found_before_training(tiny, capsys, monkeypatch)
     assert "teacher:" not in refused(tiny, capsys, words)
 
 
-def test_too_little_memory_is_one_line(tiny, capsys):
-    refused(["--batch-size", str(10**15), *tiny], capsys, OUT_OF_MEMORY)
+def test_a_batch_that_no_memory_holds_is_refused_before_the_teacher(tiny, capsys):
+    words = "a batch of 1,000,000,000,000,000 x 16 tokens takes 768,000,000 GB or more"
+    batch = ["--batch-size", str(10**15)]
+    assert "teacher:" not in refused([*batch, *tiny], capsys, words)
 
 
 def test_a_model_that_cannot_be_had_is_refused(tiny, capsys):

@@ -204,7 +204,8 @@ class Letters:
     def __init__(self, eos_token_id=None):
         self.eos_token_id = eos_token_id
 
-    def __call__(self, text, add_special_tokens=True):
+    def __call__(self, text, add_special_tokens=True, split_special_tokens=False):
+        assert split_special_tokens  # what stands in a text is text
         beginning = [1] if add_special_tokens else []
         return {"input_ids": beginning + [ord(letter) for letter in text]}
 
@@ -215,7 +216,7 @@ class Letters:
 class Deaf(Letters):
     """It makes no token of anything."""
 
-    def __call__(self, text, add_special_tokens=True):
+    def __call__(self, text, add_special_tokens=True, split_special_tokens=False):
         return {"input_ids": []}
 
 
