@@ -809,13 +809,13 @@ def test_another_way_to_loss_and_gradient_can_take_the_place_of_tslds():
 
     def another_way(*arguments):
         calls.append(arguments)
-        return tsld.forward_backward(*arguments)
+        return tsld.backward(*arguments)
 
     teacher = micro_gpt(2)
     usual = quantized_gpt(seed=1)
     other = quantized_gpt(seed=1)
     losses = train_to_end(usual, BRIEF, teacher)
-    assert train_to_end(other, BRIEF, teacher, forward_backward=another_way) == losses
+    assert train_to_end(other, BRIEF, teacher, backward=another_way) == losses
     assert_same(usual, other)
 
     assert len(calls) == 6

@@ -686,7 +686,7 @@ def training_loss(student, teacher, ids, targets, config):
     return distillation_loss(config.loss, terms, config.temperature, config.gt_weight)
 
 
-def forward_backward(student, teacher, ids, targets, config):
+def backward(student, teacher, ids, targets, config):
     """Adds the gradient of a batch's loss to the student's .grad, in config.accumulate
     parts. Returns the loss, a detached scalar."""
     dtype = getattr(torch, config.dtype)
@@ -704,13 +704,7 @@ def forward_backward(student, teacher, ids, targets, config):
 
 
 def train(
-    student,
-    tokens,
-    config,
-    teacher=None,
-    optimizer=None,
-    start=0,
-    forward_backward=forward_backward,
+    student, tokens, config, teacher=None, optimizer=None, start=0, backward=backward
 ):
     """Trains the student in place on random pieces of a text. A generator: each step is
     made when (step, loss) is asked for, the step counted from 1, the loss its batch's.
@@ -718,7 +712,7 @@ def train(
     student, teacher: modules that give logits (B, T, V) for ids (B, T), as GPT does.
     tokens: int64 (n,), on the CPU. The loss "gt" needs no teacher.
     optimizer, start: go on after `start` steps, and end as a run without a break does.
-    forward_backward: a cheaper way to the same loss and gradient may take its place.
+    backward: a cheaper way to the same loss and gradient may take its place.
     Raises TrainingDiverged, before the weights change, if the loss or its gradient is
     not finite."""
     block_size = config.block_size
@@ -746,7 +740,7 @@ def train(
         student.zero_grad()
         with torch.random.fork_rng():  # the caller's random numbers go on as they were
             torch.manual_seed(seed)
-            loss = forward_backward(student, teacher, ids, targets, config)
+            loss = backward(student, teacher, ids, targets, config)
 
         # Clip and step.
         norm = nn.utils.clip_grad_norm_(student.parameters(), config.clip)

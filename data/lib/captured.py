@@ -37,12 +37,12 @@ class CudaGraph:
 
 
 class Captured:
-    """Stands in for a forward_backward of tsld.train, with its loss and its gradient,
+    """Stands in for the `backward` of tsld.train, with its loss and its gradient,
     which replaces what .grad held. Where the step cannot be recorded, a line says why,
     and it is taken as it is. graph_of(function) makes a graph, as CudaGraph does."""
 
-    def __init__(self, forward_backward, graph_of=CudaGraph):
-        self.forward_backward = forward_backward
+    def __init__(self, backward, graph_of=CudaGraph):
+        self.backward = backward
         self.graph_of = graph_of
         self.recorded = None  # what the graph is of
 
@@ -52,7 +52,7 @@ class Captured:
             self.record(student, teacher, torch.stack((ids, targets)), config)
             self.recorded = step
         if self.graph is None:
-            return self.forward_backward(student, teacher, ids, targets, config)
+            return self.backward(student, teacher, ids, targets, config)
 
         self.batch.copy_(torch.stack((ids, targets)))
         self.graph.replay()
@@ -64,7 +64,7 @@ class Captured:
     def record(self, student, teacher, batch, config):
         def compute():
             student.zero_grad()
-            loss = self.forward_backward(student, teacher, *batch, config)
+            loss = self.backward(student, teacher, *batch, config)
             gradients = [parameter.grad for parameter in student.parameters()]
             student.zero_grad()
             return loss, *gradients

@@ -42,8 +42,8 @@ IGNORED = -100  # the target of a token that does not count
 SCRATCH_BYTES = 2**27  # of the float32 logits of one model that are held at once
 
 
-def forward_backward(student, teacher, ids, targets, config):
-    """Does what tsld.forward_backward does, through lean_loss. The models are modules
+def backward(student, teacher, ids, targets, config):
+    """Does what tsld.backward does, through lean_loss. The models are modules
     with hidden(ids) and lm_head whose logits are hidden @ lm_head.weight.T.
 
     ids, targets: int64 (B, T), taken in config.accumulate parts, one after the other.

@@ -96,8 +96,8 @@ def blocks_of(model):
     return max(lists, key=len)
 
 
-def shared(forward_backward):
-    """What tsld.train calls in place of `forward_backward`, so that each process takes
+def shared(backward):
+    """What tsld.train calls in place of `backward`, so that each process takes
     its part of the batch, with dropout of its own.
 
     The loss is the mean over all processes, and fully_shard makes the gradient the same
@@ -105,12 +105,12 @@ def shared(forward_backward):
     """
     rank, world = processes()
     if world == 1:
-        return forward_backward
+        return backward
 
     def share(student, teacher, ids, targets, config):
         torch.manual_seed(torch.initial_seed() + rank)
         rows = slice(rank, None, world)
-        loss = forward_backward(student, teacher, ids[rows], targets[rows], config)
+        loss = backward(student, teacher, ids[rows], targets[rows], config)
 
         mean = loss / world
         distributed.all_reduce(mean)

@@ -97,7 +97,7 @@ def train(
     if resume:
         start, seconds_before = load_checkpoint(path, identity, trained, optimizer)
 
-    how = shared(choose_forward_backward(trained, teacher, config))
+    how = shared(choose_backward(trained, teacher, config))
     steps = tsld.train(trained, tokens, config, teacher, optimizer, start, how)
     line = ProgressLine(label, config, start, measure)
 
@@ -150,17 +150,17 @@ def identify(model, tokens, config, teacher):
     return identity
 
 
-def choose_forward_backward(student, teacher, config):
+def choose_backward(student, teacher, config):
     """The one that needs less memory, if the loss and the models let it be used. On a
     GPU of its own it is captured: the batches of a training are of one shape."""
     models = [student] if teacher is None else [student, teacher]
     is_lean = all(lean.takes(model) for model in models)
 
     if config.loss not in lean.LEAN_LOSSES or not is_lean:
-        return tsld.forward_backward
+        return tsld.backward
     if next(student.parameters()).is_cuda and processes()[1] == 1:
-        return Captured(lean.forward_backward)
-    return lean.forward_backward
+        return Captured(lean.backward)
+    return lean.backward
 
 
 def how_to_go_on(step, config, resume):

@@ -15,8 +15,8 @@ from data.lib.captured import Captured
 from data.tests.helpers import TEXT, micro_gpt, micro_ids
 
 CONFIG = tsld.TrainConfig("tsld", steps=20, batch_size=4, block_size=8, lr=0.01)
-WAYS = [(lean.forward_backward, loss) for loss in lean.LEAN_LOSSES]
-WAYS += [(tsld.forward_backward, loss) for loss in tsld.LOSSES]
+WAYS = [(lean.backward, loss) for loss in lean.LEAN_LOSSES]
+WAYS += [(tsld.backward, loss) for loss in tsld.LOSSES]
 
 
 class Rerun:
@@ -52,7 +52,7 @@ def train(way, dropout=0.0, **changes):
     """The losses and the weights of a training."""
     student = a_student(dropout)
     config = replace(CONFIG, **changes)
-    steps = tsld.train(student, TEXT, config, micro_gpt(2), forward_backward=way)
+    steps = tsld.train(student, TEXT, config, micro_gpt(2), backward=way)
     losses = [loss for _, loss in steps]
     return losses, student.state_dict()
 
@@ -88,13 +88,13 @@ def test_20_replayed_steps_are_20_steps_bit_for_bit(way, loss, dropout):
 
 @pytest.mark.parametrize("changes", [{"accumulate": 2}, {"dtype": "bfloat16"}], ids=str)
 def test_parts_of_a_batch_and_bfloat16_are_replayed_as_well(changes):
-    way = lean.forward_backward
+    way = lean.backward
     changes |= {"dropout": 0.3, "steps": 5}
     assert_same(train(Captured(way, Rerun), **changes), train(way, **changes))
 
 
 def test_a_training_goes_on_where_it_was_left():
-    way = lean.forward_backward
+    way = lean.backward
     student = a_student(dropout=0.3)
     optimizer = tsld.make_optimizer(student, CONFIG)
     for start, stop in ((0, 7), (7, 20)):
@@ -117,10 +117,10 @@ def test_a_training_goes_on_where_it_was_left():
 def test_a_training_that_diverges_stops_at_the_same_step(lr):
     messages = []
     weights = []
-    for way in (lean.forward_backward, Captured(lean.forward_backward, Rerun)):
+    for way in (lean.backward, Captured(lean.backward, Rerun)):
         student = a_student()
         config = replace(CONFIG, lr=lr)
-        steps = tsld.train(student, TEXT, config, micro_gpt(2), forward_backward=way)
+        steps = tsld.train(student, TEXT, config, micro_gpt(2), backward=way)
         with pytest.raises(tsld.TrainingDiverged) as error:
             list(steps)
         messages.append(str(error.value))
@@ -133,7 +133,7 @@ def test_a_training_that_diverges_stops_at_the_same_step(lr):
 def test_parameters_that_are_not_trained_get_no_gradient():
     student = a_student()
     student.wpe.weight.requires_grad_(False)
-    Captured(lean.forward_backward, Rerun)(student, micro_gpt(2), *batch(), CONFIG)
+    Captured(lean.backward, Rerun)(student, micro_gpt(2), *batch(), CONFIG)
     without = [name for name, p in student.named_parameters() if p.grad is None]
     assert without == ["wpe.weight"]
 
@@ -150,7 +150,7 @@ def test_a_call_gives_the_loss_and_gradient_of_its_own_batch_and_seed():
     student = a_student(dropout=0.5).train()
     other = a_student(dropout=0.5).train()
     teacher = micro_gpt(2)
-    step = Captured(lean.forward_backward, Rerun)
+    step = Captured(lean.backward, Rerun)
     losses = []
     for seed in (0, 1, 0):
         torch.manual_seed(seed)
@@ -158,7 +158,7 @@ def test_a_call_gives_the_loss_and_gradient_of_its_own_batch_and_seed():
 
         torch.manual_seed(seed)
         other.zero_grad()
-        expected = lean.forward_backward(other, teacher, *batch(), CONFIG)
+        expected = lean.backward(other, teacher, *batch(), CONFIG)
         assert torch.equal(loss, expected)
         assert torch.equal(gradients_of(student), gradients_of(other))
         losses.append(loss)
@@ -169,7 +169,7 @@ def test_a_call_gives_the_loss_and_gradient_of_its_own_batch_and_seed():
 
 def test_a_replay_leaves_the_random_numbers_that_a_step_leaves():
     drawn = []
-    for way in (lean.forward_backward, Captured(lean.forward_backward, Rerun)):
+    for way in (lean.backward, Captured(lean.backward, Rerun)):
         student = a_student(dropout=0.5).train()
         teacher = micro_gpt(2)
         torch.manual_seed(3)
@@ -181,7 +181,7 @@ def test_a_replay_leaves_the_random_numbers_that_a_step_leaves():
 def test_gradients_stand_where_they_stood_and_replace_what_was_there():
     student = a_student()
     teacher = micro_gpt(2)
-    step = Captured(lean.forward_backward, Rerun)
+    step = Captured(lean.backward, Rerun)
     student.wte.weight.grad = torch.ones_like(student.wte.weight)
     places = []
     for _ in range(2):
@@ -191,14 +191,14 @@ def test_gradients_stand_where_they_stood_and_replace_what_was_there():
     assert places[0] == places[1]
 
     student.zero_grad()
-    lean.forward_backward(student, teacher, *batch(), CONFIG)
+    lean.backward(student, teacher, *batch(), CONFIG)
     assert torch.equal(gradients, gradients_of(student))
 
 
 def test_what_is_another_step_is_recorded_anew():
     student = a_student()
     teacher = micro_gpt(2)
-    step = Captured(lean.forward_backward, Rerun)
+    step = Captured(lean.backward, Rerun)
     config = replace(CONFIG)
     Rerun.made = 0
 
@@ -218,7 +218,7 @@ def test_what_is_another_step_is_recorded_anew():
 
 
 def test_a_step_that_cannot_be_recorded_is_taken_as_it_is_and_one_line_says_why(capsys):
-    way = lean.forward_backward
+    way = lean.backward
     setting = {"dropout": 0.3, "steps": 4}
     fallen_back = train(Captured(way, Unrecordable), **setting)
     line = "the step is not captured: called a synchronizing CUDA operation\n"
@@ -283,11 +283,11 @@ def test_what_waits_for_the_gpu_is_found_before_anything_is_recorded(monkeypatch
 @pytest.mark.parametrize("loss", lean.LEAN_LOSSES)
 def test_on_a_gpu_20_captured_steps_are_20_steps(loss, dropout, capsys):
     outcomes = []
-    for way in (lean.forward_backward, Captured(lean.forward_backward)):
+    for way in (lean.backward, Captured(lean.backward)):
         student = a_student(dropout).cuda()
         config = replace(CONFIG, loss=loss)
         teacher = micro_gpt(2).cuda()
-        steps = tsld.train(student, TEXT, config, teacher, forward_backward=way)
+        steps = tsld.train(student, TEXT, config, teacher, backward=way)
         losses = [loss for _, loss in steps]
         outcomes.append([*losses, *student.parameters()])
 
@@ -304,12 +304,12 @@ def test_on_a_gpu_one_process_captures_the_step_of_a_lean_loss(monkeypatch):
 
     def chosen(loss):
         config = replace(CONFIG, loss=loss)
-        return resumable.choose_forward_backward(gpt, micro_gpt(), config)
+        return resumable.choose_backward(gpt, micro_gpt(), config)
 
     way = chosen("tsld")
     assert isinstance(way, Captured)
-    assert way.forward_backward is lean.forward_backward
+    assert way.backward is lean.backward
     assert way.graph_of is captured.CudaGraph
-    assert chosen("l2l") is tsld.forward_backward
+    assert chosen("l2l") is tsld.backward
     monkeypatch.setattr(resumable, "processes", lambda: (0, 2))
-    assert chosen("tsld") is lean.forward_backward
+    assert chosen("tsld") is lean.backward

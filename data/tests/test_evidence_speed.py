@@ -200,7 +200,7 @@ from data.lib import lean, processes
 
 torch.set_num_threads(1)
 torch.distributed.init_process_group("gloo")
-forward_backward = processes.shared(lean.forward_backward)
+backward = processes.shared(lean.backward)
 device = torch.device("cpu")
 text = torch.arange(10_000) % 2048
 for layers, batch in {SIZES}:
@@ -210,7 +210,7 @@ for layers, batch in {SIZES}:
     teacher = processes.spread(teacher, device)
     config = tsld.TrainConfig(steps=2, batch_size=batch, block_size=128)
     for _ in tsld.train(
-        student, text, config, teacher, forward_backward=forward_backward
+        student, text, config, teacher, backward=backward
     ):
         pass
     if torch.distributed.get_rank() == 0:

@@ -303,7 +303,7 @@ def test_the_default_dtype_changes_nothing(default):
     def gradients():
         model = micro_student()
         config = replace(BRIEF, accumulate=2)
-        loss = lean.forward_backward(model, micro_gpt(2), *micro_batch(), config)
+        loss = lean.backward(model, micro_gpt(2), *micro_batch(), config)
         return loss, gradients_of(model)
 
     expected = gradients()
@@ -312,7 +312,7 @@ def test_the_default_dtype_changes_nothing(default):
     torch.set_default_dtype(default)
     try:
         config = replace(BRIEF, accumulate=2)
-        loss = lean.forward_backward(student, teacher, *micro_batch(), config)
+        loss = lean.backward(student, teacher, *micro_batch(), config)
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(loss, expected[0])
@@ -476,7 +476,7 @@ def test_a_temperature_of_0_is_refused():
 
 
 # --------------------------------------------------------------------------------------
-# forward_backward
+# backward
 
 BRIEF = TrainConfig(steps=6, batch_size=6, lr=0.01, temperature=2.0, gt_weight=0.25)
 
@@ -497,9 +497,7 @@ def gradients_of(student):
 
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("name", LEAN_LOSSES)
-def test_forward_backward_gives_the_loss_and_gradient_of_the_models_logits(
-    name, accumulate
-):
+def test_backward_gives_the_loss_and_gradient_of_the_models_logits(name, accumulate):
     teacher = micro_gpt(2)
     ids, targets = micro_batch()
     by_hand = micro_student()
@@ -509,7 +507,7 @@ def test_forward_backward_gives_the_loss_and_gradient_of_the_models_logits(
 
     student = micro_student()
     config = replace(BRIEF, loss=name, accumulate=accumulate)
-    loss = lean.forward_backward(student, teacher, ids, targets, config)
+    loss = lean.backward(student, teacher, ids, targets, config)
 
     assert loss.shape == ()
     assert not loss.requires_grad
@@ -520,12 +518,12 @@ def test_forward_backward_gives_the_loss_and_gradient_of_the_models_logits(
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
-def test_forward_backward_adds_to_the_gradient_that_is_there():
+def test_backward_adds_to_the_gradient_that_is_there():
     student = micro_student()
     config = replace(BRIEF, loss="gt")
-    lean.forward_backward(student, None, *micro_batch(), config)
+    lean.backward(student, None, *micro_batch(), config)
     once = gradients_of(student)
-    lean.forward_backward(student, None, *micro_batch(), config)
+    lean.backward(student, None, *micro_batch(), config)
 
     torch.testing.assert_close(gradients_of(student), 2 * once)
 
@@ -538,7 +536,7 @@ def test_the_parts_of_a_batch_go_through_the_models_one_after_the_other():
         block = model.h[0]
         block.register_forward_hook(lambda block, x, y: shapes.append(x[0].shape[0]))
     config = replace(BRIEF, accumulate=3)
-    lean.forward_backward(student, teacher, *micro_batch(), config)
+    lean.backward(student, teacher, *micro_batch(), config)
 
     assert shapes == 6 * [2]
 
@@ -547,7 +545,7 @@ def test_the_teacher_keeps_nothing_for_a_backward_pass():
     teacher = micro_gpt(2)
     seen = []
     teacher.ln_f.register_forward_hook(lambda norm, x, y: seen.append(y.requires_grad))
-    lean.forward_backward(micro_student(), teacher, *micro_batch(), BRIEF)
+    lean.backward(micro_student(), teacher, *micro_batch(), BRIEF)
     assert seen == [False]
 
 
@@ -556,13 +554,13 @@ def test_the_ground_truth_does_not_ask_the_teacher():
     teacher.forward = None
     teacher.hidden = None
     config = replace(BRIEF, loss="gt")
-    lean.forward_backward(micro_student(), teacher, *micro_batch(), config)
+    lean.backward(micro_student(), teacher, *micro_batch(), config)
 
 
-def test_forward_backward_without_the_teacher_that_a_loss_needs_is_refused():
+def test_backward_without_the_teacher_that_a_loss_needs_is_refused():
     config = replace(BRIEF, loss="tsld")
     with pytest.raises(ValueError, match="'tsld' needs a teacher"):
-        lean.forward_backward(micro_student(), None, *micro_batch(), config)
+        lean.backward(micro_student(), None, *micro_batch(), config)
 
 
 class ScaledLinear(torch.nn.Linear):
@@ -597,18 +595,18 @@ def test_an_output_head_that_does_more_than_multiply_is_refused(kind, whose):
     models[whose].lm_head = other_heads()[kind]
     assert not lean.takes(models[whose])
     with pytest.raises(ValueError, match="an nn.Linear without bias and hooks, which"):
-        lean.forward_backward(*models.values(), *micro_batch(), BRIEF)
+        lean.backward(*models.values(), *micro_batch(), BRIEF)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_forward_backward_multiplies_in_the_dtype_of_the_configuration(dtype):
+def test_backward_multiplies_in_the_dtype_of_the_configuration(dtype):
     student = micro_student()
     teacher = micro_gpt(2)
     seen = set()
     for layer in (student.h[0].mlp.c_fc, teacher.h[0].mlp.c_fc):
         layer.register_forward_hook(lambda layer, x, y: seen.add(y.dtype))
     config = replace(BRIEF, dtype=dtype)
-    loss = lean.forward_backward(student, teacher, *micro_batch(), config)
+    loss = lean.backward(student, teacher, *micro_batch(), config)
 
     assert seen == {getattr(torch, dtype)}
     assert loss.dtype == gradients_of(student).dtype == torch.float32
@@ -620,7 +618,7 @@ def test_forward_backward_multiplies_in_the_dtype_of_the_configuration(dtype):
 def test_nothing_is_float64_which_apples_gpus_lack(name, dtype):
     config = replace(BRIEF, loss=name, dtype=dtype, accumulate=2)
     with Watched() as watched:
-        lean.forward_backward(micro_student(), micro_gpt(2), *micro_batch(), config)
+        lean.backward(micro_student(), micro_gpt(2), *micro_batch(), config)
 
     assert torch.float32 in watched.dtypes
     assert torch.float64 not in watched.dtypes
@@ -632,9 +630,9 @@ def test_training_through_the_lean_loss_is_training_through_full_logits(name):
     config = replace(BRIEF, loss=name, block_size=MICRO.block_size)
     students = []
     losses = []
-    for seam in (tsld.forward_backward, lean.forward_backward):
+    for seam in (tsld.backward, lean.backward):
         student = micro_student()
-        steps = tsld.train(student, text, config, micro_gpt(2), forward_backward=seam)
+        steps = tsld.train(student, text, config, micro_gpt(2), backward=seam)
         losses.append([loss for _, loss in steps])
         students.append(student)
 
@@ -654,7 +652,7 @@ def test_a_whole_batch_and_its_parts_train_alike():
             text,
             config,
             micro_gpt(2),
-            forward_backward=lean.forward_backward,
+            backward=lean.backward,
         )
         losses.append([loss for _, loss in steps])
 

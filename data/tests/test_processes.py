@@ -158,7 +158,7 @@ def test_a_signal_to_one_stops_both_and_one_alone_resumes(together, tmp_path):
 def test_each_process_takes_its_rows_with_dropout_of_its_own(rank, monkeypatch):
     seen = []
 
-    def forward_backward(student, teacher, ids, targets, config):
+    def backward(student, teacher, ids, targets, config):
         seen.append((student, teacher, ids.tolist(), targets.tolist(), config))
         return torch.tensor(3.0) + torch.initial_seed()
 
@@ -170,7 +170,7 @@ def test_each_process_takes_its_rows_with_dropout_of_its_own(rank, monkeypatch):
     torch.manual_seed(40)
     ids = torch.arange(4)[:, None]
     targets = torch.arange(4, 8)[:, None]
-    share = processes.shared(forward_backward)
+    share = processes.shared(backward)
     loss = share("student", "teacher", ids, targets, "config")
 
     rows = [[rank], [rank + 2]]
@@ -208,7 +208,7 @@ def test_one_process_alone_is_not_touched(capsys):
         assert processes.any_process(True, False) == [True, False]
         with processes.first_process_first():
             pass
-        assert processes.shared(tsld.forward_backward) is tsld.forward_backward
+        assert processes.shared(tsld.backward) is tsld.backward
         model = micro_gpt()
         assert processes.spread(model, CPU) is model
     assert capsys.readouterr().out == "hello\n"

@@ -88,8 +88,8 @@ def test_the_weights_are_those_of_tsld_train(loss, tmp_path):
     weights = train(tmp_path / "state.pt", loss=loss)
     expected = a_student()
     config = replace(BRIEF, loss=loss)
-    way = tsld.forward_backward if loss == "l2l" else lean.forward_backward
-    list(tsld.train(expected, TEXT, config, a_teacher(), forward_backward=way))
+    way = tsld.backward if loss == "l2l" else lean.backward
+    list(tsld.train(expected, TEXT, config, a_teacher(), backward=way))
     assert_equal(weights, expected.state_dict())
 
 
@@ -102,16 +102,16 @@ def test_a_model_whose_logits_are_not_hidden_times_head_takes_the_losses_of_logi
 
     def chosen(student, teacher, loss):
         config = replace(BRIEF, loss=loss)
-        return resumable.choose_forward_backward(student, teacher, config)
+        return resumable.choose_backward(student, teacher, config)
 
     gpt = micro_gpt()
-    assert chosen(gpt, gpt, "tsld") is lean.forward_backward
-    assert chosen(gpt, None, "gt") is lean.forward_backward
-    assert chosen(gpt, gpt, "l2l") is tsld.forward_backward
-    assert chosen(Other(), gpt, "tsld") is tsld.forward_backward
-    assert chosen(gpt, Other(), "tsld") is tsld.forward_backward
-    assert chosen(with_bias, gpt, "tsld") is tsld.forward_backward
-    assert chosen(gpt, with_bias, "tsld") is tsld.forward_backward
+    assert chosen(gpt, gpt, "tsld") is lean.backward
+    assert chosen(gpt, None, "gt") is lean.backward
+    assert chosen(gpt, gpt, "l2l") is tsld.backward
+    assert chosen(Other(), gpt, "tsld") is tsld.backward
+    assert chosen(gpt, Other(), "tsld") is tsld.backward
+    assert chosen(with_bias, gpt, "tsld") is tsld.backward
+    assert chosen(gpt, with_bias, "tsld") is tsld.backward
 
 
 def test_after_each_step_the_one_who_watches_is_called_and_the_trained_model_returned(
@@ -326,12 +326,10 @@ def test_training_that_diverges_names_the_last_checkpoint_if_it_made_one(
 
     def fails_later(*arguments):
         calls.append(1)
-        loss = lean.forward_backward(*arguments)
+        loss = lean.backward(*arguments)
         return loss * math.inf if len(calls) == diverges_at else loss
 
-    monkeypatch.setattr(
-        resumable, "choose_forward_backward", lambda *models: fails_later
-    )
+    monkeypatch.setattr(resumable, "choose_backward", lambda *models: fails_later)
     with pytest.raises(tsld.TrainingDiverged) as error:
         train(path)
     assert re.search("loss inf.* at step 3, ", str(error.value))

@@ -496,14 +496,14 @@ def test_a_run_that_diverges_leaves_the_last_good_checkpoint(
 ):
     monkeypatch.setattr(resumable, "CHECKPOINT_SECONDS", 0)
     calls = []
-    exact = lean.forward_backward
+    exact = lean.backward
 
     def fails_later(*arguments):
         calls.append(1)
         is_students_third = len(calls) == 4 + 3
         return exact(*arguments) * (math.inf if is_students_third else 1.0)
 
-    monkeypatch.setattr(lean, "forward_backward", fails_later)
+    monkeypatch.setattr(lean, "backward", fails_later)
     assert train_small.main(tiny) == 1
 
     error = capsys.readouterr().err

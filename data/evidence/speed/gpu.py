@@ -27,7 +27,7 @@ from data.evidence.speed import decoding
 from data.evidence.speed.timing import peak_memory
 from data.lib.devices import choose_device, default_dtype
 from data.lib.folder import check_folder
-from data.lib.resumable import choose_forward_backward
+from data.lib.resumable import choose_backward
 from tsld import GPT, GPTConfig, TrainConfig
 
 ROOM = Path(__file__).resolve().parent
@@ -108,8 +108,8 @@ def measure_step(device, steps, name, loss, dtype, compiled, batch=4, length=512
     config = TrainConfig(loss=loss, steps=steps + 1, batch_size=batch, dtype=dtype)
     config.block_size = length
     tokens = torch.randint(teacher.config.vocab_size, (10 * length,))
-    gradients = choose_forward_backward(student, teacher, config)
-    training = tsld.train(student, tokens, config, teacher, forward_backward=gradients)
+    gradients = choose_backward(student, teacher, config)
+    training = tsld.train(student, tokens, config, teacher, backward=gradients)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     next(training)  # the first step compiles, and makes the optimizer's state

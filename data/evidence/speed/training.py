@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import tsld
 from data.evidence.speed.timing import in_new_process, peak_memory, seconds_per_call
 from data.lib.devices import choose_device, default_dtype
-from data.lib.resumable import choose_forward_backward
+from data.lib.resumable import choose_backward
 from tsld import GPT, LOSSES, GPTConfig, TrainConfig
 
 # Layers, width, heads, vocabulary; sequences and their length.
@@ -56,7 +56,7 @@ class TrainingSteps:
 
             # What frozen_teacher makes of a teacher.
             teacher = self.half if dtype == "bfloat16" else self.model
-            gradients = choose_forward_backward(trained, teacher, config)
+            gradients = choose_backward(trained, teacher, config)
             gradients(trained, teacher, self.ids, self.targets, config)
 
         nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
