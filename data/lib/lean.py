@@ -28,10 +28,12 @@ A logit of -inf, as of a vocabulary with a mask, is no product of finite numbers
 cannot occur here.
 """
 
+import math
 from functools import partial
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from tsld import LOSSES, Head, check_ids, token_scale
 
@@ -239,7 +241,7 @@ def _loss_and_gradients(student, teacher, targets, weights_of, rows):
         grad_head += grad_logits.t() @ hidden[piece]
 
     loss = (a[:, 0] * kd + b[:, 0] * ce_student).sum()
-    return loss, grad_hidden, grad_head
+    return loss, grad_hidden, grad_head[: student.V]
 
 
 def _logits_gradient(log_p, p_teacher, a, b, y):
@@ -249,6 +251,12 @@ def _logits_gradient(log_p, p_teacher, a, b, y):
     if p_teacher is not None:
         gradient.addcmul_(p_teacher, a, value=-1)
     return gradient.scatter_add_(1, y, -b)
+
+
+def columns_of(V, device):
+    """Of the logits. Rows whose length no power of two divides, as 50257, are slow to
+    multiply on a GPU. There the last columns stand for no token."""
+    return 64 * math.ceil(V / 64) if device.type == "cuda" else V
 
 
 class _Output:
@@ -262,27 +270,32 @@ class _Output:
             shapes = f"{tuple(hidden.shape)} and {tuple(head.shape)}"
             raise ValueError(f"hidden states and head are of other widths: {shapes}")
 
+        self.V = len(head)
+        columns = columns_of(self.V, head.device)
         self.hidden = hidden.flatten(0, 1).to(dtype)  # (N, C)
-        self.head = head.to(dtype)  # (V, C)
+        self.head = head.to(dtype)  # (columns, C)
+        if columns > self.V:
+            self.head = F.pad(self.head, (0, 0, 0, columns - self.V))
         self.scratch = torch.empty(
-            rows, len(head), dtype=torch.float32, device=head.device
+            rows, columns, dtype=torch.float32, device=head.device
         )
 
     def factors_of_gradient(self):
-        """hidden (N, C) and head (V, C) in the type that the gradient's products have.
-        The gradient of a mean over thousands of tokens is too small for float16."""
+        """hidden (N, C) and head (columns, C) in the type that the gradient's products
+        have. The gradient of a mean over many tokens is too small for float16."""
         dtype = self.head.dtype
         if dtype == torch.float16:
             dtype = torch.float32
         return self.hidden.to(dtype), self.head.to(dtype)
 
     def log_probabilities(self, piece):
-        """log softmax(hidden @ head.T) of some rows, float32 (rows, V). They last until
-        the next call: memory that is used again is faster than new memory."""
+        """log softmax(hidden @ head.T) of some rows, float32 (rows, columns). They last
+        until the next call: memory that is used again is faster than new memory."""
         hidden = self.hidden[piece]
         logits = self.scratch[: len(hidden)]
         if hidden.dtype == torch.float32:
             torch.mm(hidden, self.head.t(), out=logits)
         else:
             logits.copy_(hidden @ self.head.t())
+        logits[:, self.V :] = -1e4  # of probability 0
         return torch.log_softmax(logits, dim=-1, out=logits)

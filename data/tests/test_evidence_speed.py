@@ -114,27 +114,107 @@ def test_each_product_goes_through_all_its_copies():
     assert seen[:3] == seen[3:]
 
 
-def test_a_dry_run_on_a_cpu_fills_every_row_but_decodings(
-    tiny, capsys, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(gpu, "DRY_SHAPES", {"minute": GPTConfig(512, 17, 1, 1, 4)})
-    monkeypatch.setattr(gpu, "STUDENTS", gpu.STUDENTS[3:])
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: None)  # it is slow
-    monkeypatch.setattr(decoding, "bench", lambda device: print("decoding is timed"))
-    flags = ["--model", "tiny", "--steps", "1", *tiny]
-    out = run(flags, capsys, gpu.main)
+# A stand-in for nanoGPT's model.py, with what nanogpt_step calls of it.
+NANOGPT = """
+from dataclasses import dataclass
+import torch
+from torch import nn
 
-    assert "decoding is timed" in out
+@dataclass
+class GPTConfig:
+    block_size: int
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    dropout: float
+    bias: bool
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.embed = nn.Embedding(config.vocab_size, config.n_embd)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=config.bias)
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        return torch.optim.AdamW(self.parameters(), learning_rate, betas)
+
+    def forward(self, ids, targets):
+        logits = self.head(self.embed(ids))
+        return logits, nn.functional.cross_entropy(logits.mT, targets)
+"""
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """To compile takes longer than the tests may."""
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: None)
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+
+
+def test_a_dry_run_on_a_cpu_fills_every_row(capsys, tmp_path, monkeypatch, uncompiled):
+    monkeypatch.setattr(gpu, "DRY_SHAPES", {"minute": GPTConfig(64, 17, 1, 1, 4)})
+    monkeypatch.setattr(gpu, "DRY_LENGTH", 8)
+    monkeypatch.setattr(decoding, "LENGTH", 3)
+    (tmp_path / "model.py").write_text(NANOGPT)
+    flags = ["--device", "cpu", "--steps", "1", "--nanogpt", str(tmp_path)]
+    flags += ["--out", str(tmp_path / "out")]
+    run(flags, capsys, gpu.main)
 
     found = json.loads((tmp_path / "out" / "gpu.json").read_text())
-    parts = [row["part"] for row in found]
-
-    assert len(parts) == len(set(parts)) == 5 + 1 + 1 + 2
+    steps = [row for row in found if row["part"] == "step"]
     assert {row["device"] for row in found} == {"cpu"}
-    assert all(row["tokens_per_second"] > 0 for row in found[:6])
-    assert found[-1]["part"] == "student l2l 0.0"
-    assert found[-1]["student_test_ppl"] > 1
-    assert "of 9: " not in run(flags, capsys, gpu.main)
+    assert all(row["tokens_per_second"] > 0 for row in steps)
+    assert all(row["captured"] == ("captured" in row["way"]) for row in steps)
+
+    # TSLD in every way with both batches; the others eager and captured, but for L2L.
+    measured = [(row["loss"], row["batch"], row["way"]) for row in steps]
+    expected = {("tsld", batch, way) for batch in (2, 4) for way in training.WAYS}
+    expected |= {(loss, 2, "eager") for loss in tsld.LOSSES}
+    expected |= {(loss, 2, "captured") for loss in ("gt", "logit", "logit_gt")}
+    assert sorted(measured) == sorted(expected)
+
+    rest = [row for row in found if row["part"] != "step"]
+    parts = [row["part"] for row in rest]
+    assert parts == ["turns", "turns", "product", "decoding"]
+    assert rest[0]["nanoGPT, compiled"] > 0 and rest[0]["tsld, captured"] > 0
+    assert rest[2]["packed_us"] > 0 and rest[2]["bf16_us"] > 0
+    assert rest[3]["packed_tokens_per_second"] > 0
+    assert rest[3]["bf16_tokens_per_second"] > 0
+
+    assert f"of {len(found)}: " not in run(flags, capsys, gpu.main)
+
+
+def test_a_dry_run_without_nanogpt_says_so(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "wanted_parts", lambda device, nanogpt: [])
+    flags = ["--device", "cpu", "--out", str(tmp_path)]
+    assert "nanoGPT is not measured" in run(flags, capsys, gpu.main)
+
+
+def test_a_folder_without_nanogpts_model_is_refused(capsys, tmp_path, monkeypatch):
+    part = {"part": "turns", "shape": "minute", "batch": 2}
+    monkeypatch.setattr(gpu, "wanted_parts", lambda device, nanogpt: [part])
+    flags = ["--device", "cpu", "--out", str(tmp_path), "--nanogpt", str(tmp_path)]
+    refused(flags, capsys, "there is no model.py", gpu.main)
+
+
+def test_a_step_of_nanogpt_trains_its_model(tmp_path, uncompiled):
+    (tmp_path / "model.py").write_text(NANOGPT)
+    step = training.nanogpt_step(tmp_path, (1, 8, 2, 17, 3, 4), torch.device("cpu"))
+    losses = [step() for _ in range(30)]
+    assert losses == sorted(losses, reverse=True)
+
+
+@pytest.mark.parametrize("way", training.WAYS)
+def test_a_step_is_the_same_however_it_is_taken(way, uncompiled):
+    shape = (1, 8, 2, 17, 3, 4)
+    expected = training.TrainingSteps(shape)
+    steps = training.TrainingSteps(shape, way=way)
+    for _ in range(3):
+        expected.take("tsld", "float32")
+        steps.take("tsld", "float32")
+    for name, tensor in steps.student.state_dict().items():
+        assert torch.equal(tensor, expected.student.state_dict()[name])
 
 
 # --------------------------------------------------------------------------------------

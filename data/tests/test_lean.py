@@ -129,6 +129,24 @@ def test_pieces_smaller_than_one_row_of_logits_are_one_row(monkeypatch):
     check_lean_loss("tsld")
 
 
+@pytest.mark.parametrize("rows", [2, 7, 1000])
+@pytest.mark.parametrize("name", LEAN_LOSSES)
+def test_columns_that_stand_for_no_token_change_nothing(name, rows, monkeypatch):
+    set_rows(monkeypatch, rows, V=7)
+    monkeypatch.setattr(lean, "columns_of", lambda V, device: V + 5)
+    check_lean_loss(name)
+    targets = random_targets(3, 5, 7)
+    targets[1, 2:] = -100
+    check_lean_loss(name, tied=True, targets=targets)
+
+
+def test_rows_of_logits_have_a_length_that_a_gpu_is_fast_with():
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert lean.columns_of(50257, cuda) == 50304
+    assert lean.columns_of(50304, cuda) == 50304
+    assert lean.columns_of(50257, cpu) == 50257
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 2, 2), (2, 8, 3, 11)], ids=str)
 @pytest.mark.parametrize("rows", [3, 10])
 def test_the_shape_of_the_batch_changes_nothing(shape, rows, monkeypatch):

@@ -1,38 +1,37 @@
-"""What takes a GPU, in one run: speed and memory of training, of the packed product and
-of decoding (minutes), then the paper's experiment on a pretrained model (hours).
+"""What takes a GPU, in one run: training steps with each loss, taken as they are,
+captured and compiled; the same beside nanoGPT's; the packed product and decoding.
 
-    python -m data.evidence.speed.gpu --model FOLDER    # of transformers: SmolLM2-135M
-    python -m data.evidence.speed.gpu --model FOLDER --device cpu --steps 2    # dry run
+    python -m data.evidence.speed.gpu --nanogpt FOLDER
+    python -m data.evidence.speed.gpu --device cpu --steps 2    # dry run
 
 fills OUT/gpu.json, row by row. It may be stopped and started again: rows that are there
-stay. The gpu.json beside this file is a copy of such a file, from the GPU that was to
-be had. On a CPU a dry run shows that every part works: its training steps are those of
-a minute model, its rows say "cpu"."""
+stay. What tells most comes first. FOLDER is a checkout of github.com/karpathy/nanoGPT,
+and may be left out. The gpu.json beside this file is a copy of such a file, from the
+GPU that was to be had. On a CPU a dry run shows that every part works, with minute
+models; there a captured step is one that is called again."""
 
 import collections
-import copy
+import gc
 import sys
 import time
 from dataclasses import replace
-from functools import cache, partial
 from pathlib import Path
 
 import torch
 
 import train_small
 import tsld
-from data.evidence import models, rows
+from data.evidence import rows
 from data.evidence.rows import METHODS, Table
-from data.evidence.speed import decoding
-from data.evidence.speed.timing import peak_memory
+from data.evidence.speed import decoding, training
+from data.evidence.speed.timing import peak_memory, seconds_per_call
+from data.evidence.speed.training import TrainingSteps
+from data.lib.command import number
 from data.lib.devices import choose_device, default_dtype
 from data.lib.folder import check_folder
-from data.lib.resumable import choose_backward
-from tsld import GPT, GPTConfig, TrainConfig
+from tsld import GPT, GPTConfig, PackedLinear, TrainConfig
 
 ROOM = Path(__file__).resolve().parent
-ABOUT = "python -m data.evidence.speed.gpu measures what takes a GPU, to OUT/gpu.json."
-TAKES = {"model", "data", "device", "dtype", "compile", "steps", "out", "seed", "bits"}
 
 # bfloat16 products of dense matrices, per second: the denominator of the utilisation.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
@@ -40,143 +39,203 @@ SHAPES = {
     "GPT-2 small": GPTConfig(),
     "GPT-2 medium": GPTConfig(1024, 50257, 24, 16, 1024),
 }
-DRY_SHAPES = {"minute": GPTConfig(512, 512, 2, 2, 64)}
-
-# The paper's schedule: 3 epochs of the teacher, then the student at batch 4 x 512, rate
-# 1e-4. A student: the loss, and the ground truth's weight.
-STUDENTS = [("logit", 0.0), ("logit_gt", 0.0), ("tsld", 0.0), ("tsld", 0.25)]
-STUDENTS.append(("l2l", 0.0))
-EPOCHS = 30
+DRY_SHAPES = {"minute": GPTConfig(64, 512, 2, 2, 64)}
+LENGTH = 512  # tokens in a sequence
+BATCHES = (4, 32)
+DRY_LENGTH = 64
+DRY_BATCHES = (2, 4)
 
 
 def main(argv):
-    args = train_small.parse(argv, TAKES, ABOUT, data="ptb", out="out/gpu", loss="all")
-    args.resume = True
-    path = check_folder(args.out) / "gpu.json"
+    about = "Measures what takes a GPU, to OUT/gpu.json."
+    parser = rows.words_parser("speed.gpu", about)
+    parser.add_argument("--nanogpt", metavar="FOLDER", help="with its model.py")
+    parser.add_argument("--device", help="cuda, or cpu for a dry run")
+    count = number(int, above=0)
+    parser.add_argument("--steps", type=count, default=20, help="of each row")
+    parser.add_argument("--out", default="out/gpu", help="folder for gpu.json")
+    args = parser.parse_args(argv)
+
     device = choose_device(args.device)
-
-    # Part to the function that measures it.
-    parts = {}
-    for step in step_rows(device):
-        name = " ".join(map(str, ("step", *step)))
-        parts[name] = partial(measure_step, device, args.steps or 20, *step)
-
-    parts["decoding"] = partial(measure_decoding, device)
-    student_of = student_measurer(args)
-
-    for student in STUDENTS:
-        name = " ".join(map(str, ("student", *student)))
-        parts[name] = partial(student_of, *student)
-
-    run = {"device": device.type, "steps": args.steps}
-    run |= {"bits": args.bits, "seed": args.seed}
-    wanted = [{"part": part, **run} for part in parts]
+    path = check_folder(args.out) / "gpu.json"
+    parts = {"step": measure_step, "turns": measure_turns}
+    parts |= {"product": measure_product, "decoding": measure_decoding}
 
     def measure(setting):
-        return parts[setting["part"]]()
+        free_memory()
+        names = setting.keys() - {"part", "device", "steps"}
+        words = {name: setting[name] for name in names}
+        if setting["part"] == "turns":
+            words["nanogpt"] = args.nanogpt
+        return parts[setting["part"]](device, args.steps, **words)
 
     def label(setting):
-        return setting["part"]
+        return ", ".join(str(value) for value in setting.values())
 
+    run = {"device": device.type, "steps": args.steps}
+    wanted = [part | run for part in wanted_parts(device, args.nanogpt)]
     rows.fill(path, wanted, measure, label, "speed.gpu")
+    if not args.nanogpt:
+        print("nanoGPT is not measured beside it: see --nanogpt")
+
+
+def wanted_parts(device, nanogpt):
+    """What is measured, in the order in which it is."""
+    shapes = SHAPES
+    batches = BATCHES
+    matrices = decoding.MATRICES
+    if device.type == "cpu":
+        shapes = DRY_SHAPES
+        batches = DRY_BATCHES
+        matrices = ((8, 16),)
+
+    # The steps that are compared with a target; then nanoGPT; then the other losses.
+    parts = []
+    for way in training.WAYS:
+        for shape in shapes:
+            for batch in batches:
+                step = {"part": "step", "shape": shape, "batch": batch}
+                parts.append(step | {"loss": "tsld", "way": way})
+
+    if nanogpt:
+        turns = [(shape, batch) for shape in shapes for batch in batches]
+        parts += [{"part": "turns", "shape": s, "batch": b} for s, b in turns]
+
+    for loss in tsld.LOSSES:
+        for way in ("eager", "captured"):
+            is_captured_l2l = loss == "l2l" and way == "captured"
+            for shape in shapes:
+                step = {"part": "step", "shape": shape, "batch": batches[0]}
+                if loss != "tsld" and not is_captured_l2l:
+                    parts.append(step | {"loss": loss, "way": way})
+
+    parts += [{"part": "product", "out": o, "width": w} for o, w in matrices]
+    return [*parts, {"part": "decoding"}]
+
+
+def free_memory():
+    """Of the part before, so that this one's peak is its own."""
+    gc.collect()
+    torch.compiler.reset()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 # --------------------------------------------------------------------------------------
-# Speed
+# Training steps
 
 
-def step_rows(device):
-    """Shape, loss, dtype, compiled."""
+def sizes(shape, batch):
+    """The GPTConfig of a name, and what TrainingSteps takes."""
+    config = (SHAPES | DRY_SHAPES)[shape]
+    length = DRY_LENGTH if shape in DRY_SHAPES else LENGTH
+    widths = (config.n_layer, config.n_embd, config.n_head, config.vocab_size)
+    return config, (*widths, batch, length)
+
+
+def measure_step(device, steps, shape, batch, loss, way):
+    """A step as tsld.train takes it: tokens per second, peak memory in bytes, whether
+    it was captured, and the share of the device's products that the student's and the
+    teacher's take, which are 6 and 2 per parameter and token."""
+    config, of_steps = sizes(shape, batch)
+    length = of_steps[-1]
     dtype = default_dtype(device)
-    names = DRY_SHAPES if device.type == "cpu" else SHAPES
-    steps = [(name, loss, dtype, False) for name in names for loss in tsld.LOSSES]
+    models = TrainingSteps(of_steps, device, way)
+    gradients = models.gradients_of(loss, dtype)
 
-    return steps + [(name, "tsld", dtype, True) for name in names]
+    setting = TrainConfig(loss, steps=steps + 3, batch_size=batch, block_size=length)
+    setting.dtype = dtype
+    tokens = torch.randint(config.vocab_size, (10 * length,))
+    teacher = models.teacher(dtype)
+    training_run = tsld.train(
+        models.student, tokens, setting, teacher, backward=gradients
+    )
 
-
-def measure_step(device, steps, name, loss, dtype, compiled, batch=4, length=512):
-    """Tokens per second, peak memory in bytes, and the share of the device's products
-    that the student's and the teacher's take: 6 and 2 per parameter and token."""
-    torch.manual_seed(0)
-    teacher = GPT((SHAPES | DRY_SHAPES)[name]).to(device)
-    student = tsld.quantize_model(copy.deepcopy(teacher))
-
-    if compiled:
-        for block in (*student.h, *teacher.h):
-            block.compile()
-
-    config = TrainConfig(loss=loss, steps=steps + 1, batch_size=batch, dtype=dtype)
-    config.block_size = length
-    tokens = torch.randint(teacher.config.vocab_size, (10 * length,))
-    gradients = choose_backward(student, teacher, config)
-    training = tsld.train(student, tokens, config, teacher, backward=gradients)
+    # The first steps compile, record, and make the optimizer's state.
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    next(training)  # the first step compiles, and makes the optimizer's state
+    for _ in range(3):
+        next(training_run)
     began = time.perf_counter()
-    for _ in training:
+    for _ in training_run:
         pass
     tokens_per_second = steps * batch * length / (time.perf_counter() - began)
 
-    measured = {"tokens_per_second": tokens_per_second, "peak_bytes": peak_memory()}
+    measured = {"dtype": dtype, "tokens_per_second": tokens_per_second}
+    measured["captured"] = getattr(gradients, "graph", None) is not None
+    measured["peak_bytes"] = peak_memory()
     measured["utilisation"] = None
-
     if device.type == "cuda":
         measured["peak_bytes"] = torch.cuda.max_memory_allocated()
-        parameters = sum(p.numel() for p in teacher.parameters())
+        parameters = sum(p.numel() for p in models.model.parameters())
         flops = (6 if loss == "gt" else 8) * parameters * tokens_per_second
-
-        for family, peak in PEAK_FLOPS.items():
-            if family in torch.cuda.get_device_name():
-                measured["utilisation"] = flops / peak
-
+        measured["utilisation"] = share_of_peak(flops)
     return measured
 
 
-def measure_decoding(device):
-    """The packed product and decoding, which are printed."""
-    decoding.bench(device)
-    return {}
+def share_of_peak(flops):
+    """Of what the GPU could do, or None for one that is not in the table."""
+    for family, peak in PEAK_FLOPS.items():
+        if family in torch.cuda.get_device_name():
+            return flops / peak
+    return None
+
+
+def measure_turns(device, steps, shape, batch, nanogpt):
+    """Tokens per second of nanoGPT's compiled step and of this program's, taken in
+    turns, each with its own models."""
+    config, of_steps = sizes(shape, batch)
+    dtype = default_dtype(device)
+    functions = {"nanoGPT, compiled": training.nanogpt_step(nanogpt, of_steps, device)}
+
+    # The plain step of the full-precision model, and TSLD's.
+    for name in ("plain, this program", "tsld"):
+        for way in ("captured", "captured, compiled"):
+            models = TrainingSteps(of_steps, device, way)
+            functions[f"{name}, {way}"] = training.taking(models, name, dtype)
+
+    least = 0.01 if device.type == "cpu" else 1.0
+    seconds = seconds_per_call(
+        functions, device, rounds=max(1, steps // 4), least=least
+    )
+    tokens = batch * of_steps[-1]
+    return {name: tokens / seconds[name] for name in seconds} | {"dtype": dtype}
 
 
 # --------------------------------------------------------------------------------------
-# The paper's experiment
+# The packed student
 
 
-def student_measurer(args):
-    """The function that trains and scores a student. The first one makes the
-    teacher."""
+def measure_product(device, steps, out, width):
+    """Microseconds of one row of activations times a matrix, each way in turns."""
+    codes = torch.randint(-1, 2, (out, width), dtype=torch.int8, device=device)
+    scale = torch.ones(1, 1, device=device)
+    layers = {
+        "FP32": decoding.dense_layer(codes.float()),
+        "bf16": decoding.dense_layer(codes.bfloat16()),
+        "packed": PackedLinear(width, tsld.pack_ternary(codes), scale),
+    }
+    x = torch.randn(1, width, device=device)
+    with torch.inference_mode():
+        functions = {name: decoding.in_turn(layers[name], x, 8) for name in layers}
+        seconds = seconds_per_call(functions, device, rounds=3, least=0.01)
+    return {f"{name}_us": 1e6 * seconds[name] for name in seconds}
 
-    @cache
-    def shared():
-        setup = train_small.set_up(args)
-        teacher = train_small.train_teacher(setup)
-        teacher_scores = train_small.score(setup, teacher)
-        frozen = train_small.frozen_teacher(setup, teacher, teacher_scores)
 
-        return setup, teacher, teacher_scores, frozen
+def measure_decoding(device, steps):
+    """Tokens per second of greedy decoding, batch 1, after the first token."""
+    name = "minute" if device.type == "cpu" else "GPT-2 small"
+    config = replace((SHAPES | DRY_SHAPES)[name], block_size=1024)
+    torch.manual_seed(0)
+    models = {"FP32": GPT(config), "bf16": GPT(config).to(torch.bfloat16)}
+    models["packed"] = tsld.pack_model(tsld.quantize_model(GPT(config)))
 
-    def measure(loss, gt_weight):
-        """Perplexities of the teacher, rounded, and of one student."""
-        setup, teacher, teacher_scores, frozen = shared()
-        student = tsld.quantize_model(copy.deepcopy(teacher), args.bits)
-        scores = {"teacher": teacher_scores}
-        scores["rounded"] = train_small.score(setup, student)
-
-        config = replace(setup.student, loss=loss, gt_weight=gt_weight)
-        config.temperature = 10.0
-        tokens = len(setup.tokens["student"])
-        in_step = config.batch_size * config.block_size
-        config.steps = args.steps or EPOCHS * tokens // in_step
-        name = f"{loss}-{gt_weight}"
-        seconds, scores["student"] = models.distil(setup, student, config, frozen, name)
-
-        measured = {}
-        for model, parts in scores.items():
-            measured |= {f"{model}_{part}_ppl": parts[part]["ppl"] for part in parts}
-        return measured | {"seconds": seconds}
-
-    return measure
+    prompt = torch.randint(config.vocab_size, (1, decoding.PROMPT), device=device)
+    rates = collections.defaultdict(list)
+    for _ in range(3):
+        for name, model in models.items():
+            rates[name].append(decoding.rate_of(model.eval().to(device), prompt))
+    return {f"{name}_tokens_per_second": max(rates[name]) for name in rates}
 
 
 # --------------------------------------------------------------------------------------
@@ -187,16 +246,16 @@ def table():
     """The training steps in the gpu.json beside this file."""
     cells = collections.defaultdict(dict)
     for row in rows.read_rows(ROOM, "gpu.json"):
-        first, *words = row["part"].split()
-        if first == "step":
-            *shape, loss, _, compiled = words
-            name = METHODS[loss]
-            if compiled == "True":
-                name += ", compiled"
+        if row["part"] == "step":
+            name = METHODS[row["loss"]]
+            if row["way"] != "eager":
+                name += f", {row['way']}"
+            if row["batch"] != BATCHES[0]:
+                name += f", batch {row['batch']}"
             speed = f"{row['tokens_per_second']:,.0f}"
             share = f"{100 * row['utilisation']:.1f} %"
             cell = f"{speed}, {row['peak_bytes'] / 1e9:.1f}, {share}"
-            cells[name][" ".join(shape)] = cell
+            cells[name][row["shape"]] = cell
 
     lines = []
     for name in cells:

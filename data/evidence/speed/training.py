@@ -4,7 +4,9 @@ plain step of the full-precision model.
 The losses are taken as the companion takes them: through data.lib.lean, but for L2L."""
 
 import copy
+import importlib.util
 import json
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -12,9 +14,11 @@ from torch.nn import functional as F
 
 import tsld
 from data.evidence.speed.timing import in_new_process, peak_memory, seconds_per_call
+from data.lib import lean
+from data.lib.captured import Captured, CudaGraph
 from data.lib.devices import choose_device, default_dtype
-from data.lib.resumable import choose_backward
-from tsld import GPT, LOSSES, GPTConfig, TrainConfig
+from data.lib.errors import UserError
+from tsld import GPT, LOSSES, GPTConfig, QuantLinear, TrainConfig
 
 # Layers, width, heads, vocabulary; sequences and their length.
 SHAPES = (
@@ -24,21 +28,70 @@ SHAPES = (
 )
 PLAIN = ("plain", "plain, this program")
 
+# How a step is taken. "quantizers": torch.compile of what rounds the weights, alone.
+WAYS = (
+    "eager",
+    "captured",
+    "captured, quantizers compiled",
+    "compiled",
+    "captured, compiled",
+)
+
+
+class CalledAgain:
+    """Plays the part of a CUDA graph on a device that has none."""
+
+    def __init__(self, function):
+        self.function = function
+        self.outputs = function()
+
+    def replay(self):
+        self.outputs = self.function()
+
 
 class TrainingSteps:
     """A model, its ternary student, and a batch to train them on."""
 
-    def __init__(self, shape):
+    def __init__(self, shape, device=None, way="eager"):
         n_layer, n_embd, n_head, vocab_size, B, T = shape
-        self.device = choose_device(None)
+        self.device = device or choose_device(None)
+        self.way = way
         torch.manual_seed(0)
         config = GPTConfig(T, vocab_size, n_layer, n_head, n_embd)
         self.model = GPT(config).to(self.device)
         self.student = tsld.quantize_model(copy.deepcopy(self.model))
-        self.half = copy.deepcopy(self.model).to(torch.bfloat16)
+        self.half = copy.deepcopy(self.model).to(torch.bfloat16).eval()
         batch = torch.randint(vocab_size, (2, B, T), device=self.device)
         self.ids, self.targets = batch
         self.optimizers = {}
+        self.gradients = {}
+        self.compile()
+
+    def compile(self):
+        """What the way to take a step says is compiled."""
+        if "quantizers" in self.way:
+            for layer in self.student.modules():
+                if isinstance(layer, QuantLinear):
+                    layer.dequantized = torch.compile(layer.dequantized)
+
+        elif "compiled" in self.way:
+            for block in (*self.model.h, *self.student.h, *self.half.h):
+                block.compile()
+
+    def teacher(self, dtype):
+        """What train_small.frozen_teacher makes of a teacher."""
+        return self.half if dtype == "bfloat16" else self.model
+
+    def gradients_of(self, loss, dtype):
+        """What takes the place of backward in tsld.train."""
+        if (loss, dtype) not in self.gradients:
+            is_lean = loss in lean.LEAN_LOSSES
+            found = lean.backward if is_lean else tsld.backward
+            if "captured" in self.way:
+                graph_of = CudaGraph if self.device.type == "cuda" else CalledAgain
+                found = Captured(found, graph_of)
+            self.gradients[loss, dtype] = found
+        return self.gradients[loss, dtype]
 
     def take(self, name, dtype):
         """One step. name: "plain", of the full-precision model, written the nanoGPT
@@ -48,20 +101,18 @@ class TrainingSteps:
             self.optimizers[trained] = tsld.make_optimizer(trained, TrainConfig())
         optimizer = self.optimizers[trained]
 
+        optimizer.zero_grad()
         if name == "plain":
             self.nanogpt_gradients()
         else:
             loss = "gt" if name in PLAIN else name
+            gradients = self.gradients_of(loss, dtype)
             config = TrainConfig(loss=loss, dtype=dtype)
-
-            # What frozen_teacher makes of a teacher.
-            teacher = self.half if dtype == "bfloat16" else self.model
-            gradients = choose_backward(trained, teacher, config)
+            teacher = None if name in PLAIN else self.teacher(dtype)
             gradients(trained, teacher, self.ids, self.targets, config)
 
         nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
         optimizer.step()
-        optimizer.zero_grad()
 
     def nanogpt_gradients(self):
         logits = self.model(self.ids)  # there until the backward pass is over
@@ -69,15 +120,47 @@ class TrainingSteps:
         loss.backward()
 
 
+def taking(steps, name, dtype):
+    """A function that takes one of TrainingSteps."""
+    return lambda: steps.take(name, dtype)
+
+
+def nanogpt_step(folder, shape, device):
+    """A function that takes a step of nanoGPT's own model, compiled, as its train.py
+    does, and gives the loss. folder: a checkout of github.com/karpathy/nanoGPT."""
+    path = Path(folder) / "model.py"
+    if not path.exists():
+        raise UserError(f"--nanogpt {folder}: there is no model.py")
+    spec = importlib.util.spec_from_file_location("nanogpt_model", path)
+    program = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(program)
+
+    n_layer, n_embd, n_head, vocab_size, B, T = shape
+    sizes = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "block_size": T}
+    config = program.GPTConfig(vocab_size=vocab_size, dropout=0.0, bias=True, **sizes)
+    model = program.GPT(config).to(device)
+    optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), device.type)
+    compiled = torch.compile(model)
+    ids, targets = torch.randint(vocab_size, (2, B, T), device=device)
+    is_mixed = default_dtype(device) != "float32"
+
+    def step():
+        with torch.autocast(device.type, torch.bfloat16, enabled=is_mixed):
+            _, loss = compiled(ids, targets)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return step
+
+
 def step_seconds(shape, rows, rounds):
     """Prints the seconds of a step of each row, (name, dtype), measured in turns; for
     in_new_process."""
     steps = TrainingSteps(shape)
-
-    def step_of(row):
-        return lambda: steps.take(*row)
-
-    functions = {row: step_of(row) for row in rows}
+    functions = {row: taking(steps, *row) for row in rows}
     seconds = seconds_per_call(functions, steps.device, rounds)
     print(json.dumps([seconds[row] for row in rows]))
 
