@@ -19,7 +19,7 @@ from data import texts
 from data.evidence import models, rows, vocabulary
 from data.evidence.figures import common, figures
 from data.evidence.map import regimes, tables
-from data.evidence.pretrained import smollm
+from data.evidence.pretrained import schedule, smollm
 from data.evidence.speed import bench, gpu, llama
 from data.evidence.table1 import table
 from data.evidence.tasks import accuracy, harness
@@ -28,7 +28,8 @@ from data.tests.helpers import ROOT, micro_gpt, micro_ids, refused, softmax64
 from tsld import LOSSES, TrainConfig
 
 EVIDENCE = ROOT / "data" / "evidence"
-COMMANDS = [table, regimes, accuracy, harness, smollm, figures, bench, gpu, llama]
+COMMANDS = [table, regimes, accuracy, harness, smollm, schedule, figures, bench]
+COMMANDS += [gpu, llama]
 
 # --------------------------------------------------------------------------------------
 # The folder
@@ -90,7 +91,7 @@ def test_every_command_that_is_written_down_is_a_module():
         assert spec and not spec.submodule_search_locations, name
 
 
-@pytest.mark.parametrize("module", [table, regimes, accuracy, figures])
+@pytest.mark.parametrize("module", [table, regimes, accuracy, figures, schedule])
 def test_the_commands_of_a_rooms_readme_write_into_the_room(module, tmp_path):
     documented = []
     for path in EVIDENCE.glob("*/README.md"):

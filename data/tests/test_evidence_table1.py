@@ -221,11 +221,41 @@ def test_post_training_methods_give_a_copy_whose_layers_beat_round_to_nearest(me
 
 
 @pytest.mark.parametrize("method", [baselines.optq, baselines.awq])
-def test_post_training_methods_refuse_other_bits_and_models(method):
+def test_post_training_methods_refuse_other_bits(method):
     with pytest.raises(ValueError, match="4 bits, not 2"):
         method(micro_gpt(), micro_ids(), bits=2)
+
+
+def test_awq_refuses_another_model():
     with pytest.raises(ValueError, match="not Linear"):
-        method(nn.Linear(2, 2), micro_ids())
+        baselines.awq(nn.Linear(2, 2), micro_ids())
+
+
+def test_optq_takes_the_blocks_of_any_language_model():
+    class Other(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(17, 12)
+            self.layers = nn.ModuleList([nn.Linear(12, 12), nn.Linear(12, 12)])
+            self.lm_head = nn.Linear(12, 17)
+
+        def forward(self, ids):
+            x = self.embed(ids)
+            for layer in self.layers:
+                x = torch.tanh(layer(x))
+            return self.lm_head(x)
+
+    torch.manual_seed(0)
+    model = Other()
+    ids = micro_ids(8)
+    quantized = baselines.optq(model, ids)
+
+    x = model.embed(ids).flatten(0, 1).detach()
+    for layer, found in zip(model.layers, quantized.layers):
+        weight = baselines.optq_weight(layer.weight, x)
+        assert torch.equal(found.weight, weight)
+        x = torch.tanh(x @ weight.t() + layer.bias).detach()
+    assert torch.equal(quantized.lm_head.weight, model.lm_head.weight)
 
 
 # --------------------------------------------------------------------------------------

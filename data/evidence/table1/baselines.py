@@ -2,14 +2,15 @@
 per output channel. They train nothing, and only look at the inputs that a calibration
 text brings to each layer.
 
-Both take the layers of our GPT in the order in which they compute. So each layer sees
-the inputs that the layers before it, already quantized, give."""
+Both take the layers in the order in which they compute. So each layer sees the inputs
+that the layers before it, already quantized, give."""
 
 import copy
 
 import torch
 from torch import nn
 
+from data.lib.processes import blocks_of
 from tsld import GPT, fake_quantize, quantize_int4
 
 # --------------------------------------------------------------------------------------
@@ -17,21 +18,19 @@ from tsld import GPT, fake_quantize, quantize_int4
 
 
 def optq(model, calibration_ids, bits=4):
-    """A copy of our GPT with every linear layer but the head quantized by OPTQ,
-    channel-wise; the weights are stored dequantized.
+    """A copy of a language model with every linear layer of its blocks quantized by
+    OPTQ, channel-wise; the weights are stored dequantized. A block's layers have to
+    stand in the order in which they compute.
 
-    calibration_ids: int64 (B, T). Raises ValueError if bits is not 4, or if the model
-    is no GPT of this program."""
-    check(model, bits)
+    calibration_ids: int64 (B, T). Raises ValueError if bits is not 4."""
+    check_bits(bits)
     model = frozen_copy(model)
 
-    for block in model.h:
-        attn = block.attn
-        mlp = block.mlp
-
-        for layer in (attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj):
-            x = inputs_of(model, layer, calibration_ids)
-            layer.weight.copy_(optq_weight(layer.weight, x))
+    for block in blocks_of(model):
+        for layer in block.modules():
+            if isinstance(layer, nn.Linear):
+                x = inputs_of(model, layer, calibration_ids)
+                layer.weight.copy_(optq_weight(layer.weight, x))
 
     return model
 
@@ -86,7 +85,9 @@ def awq(model, calibration_ids, bits=4):
 
     calibration_ids: int64 (B, T). Raises ValueError if bits is not 4, or if the model
     is no GPT of this program."""
-    check(model, bits)
+    check_bits(bits)
+    if not isinstance(model, GPT):
+        raise ValueError(f"AWQ is for our GPT, not {type(model).__name__}")
     model = frozen_copy(model)
 
     def quantize(layer):
@@ -160,14 +161,9 @@ class ScaledLinear(nn.Module):
 # What both need
 
 
-def check(model, bits):
-    """Raises ValueError if the baselines cannot quantize the model."""
+def check_bits(bits):
     if bits != 4:
         raise ValueError(f"the post-training baselines are for 4 bits, not {bits!r}")
-
-    if not isinstance(model, GPT):
-        name = type(model).__name__
-        raise ValueError(f"the post-training baselines are for our GPT, not {name}")
 
 
 def frozen_copy(model):
@@ -183,8 +179,8 @@ def inputs_of(model, layer, ids):
         caught.append(inputs[0].flatten(0, -2).float())
 
     hook = layer.register_forward_pre_hook(catch)
-    for some_ids in ids.to(model.wte.weight.device).split(8):
-        model.hidden(some_ids)
+    for some_ids in ids.to(layer.weight.device).split(8):
+        model(some_ids)
     hook.remove()
 
     return torch.cat(caught)
