@@ -80,7 +80,8 @@ class TransformersTokenizer:
         return ids
 
     def decode(self, ids):
-        return self.wrapped.decode(ids)
+        """The text of some ids. It grows as they do: no blank before a later sign goes."""
+        return self.wrapped.decode(ids, clean_up_tokenization_spaces=False)
 
     def size_before(self, text, ids, count):
         """How many bytes of a text the first `count` of its ids stand for. A text need

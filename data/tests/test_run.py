@@ -653,6 +653,10 @@ def test_the_recipe_in_the_readme_runs_as_written(opt, tmp_path, monkeypatch, ca
     assert layer.dequantized().unique().numel() > 3  # a scale for each channel
     assert (tmp_path / "opt.packed").stat().st_size < 100_000
 
+    exported, _ = load_model(tmp_path / "ternary-opt")
+    found = exported.inner.model.decoder.layers[1].fc2.weight
+    assert torch.equal(found, layer.dequantized())
+
 
 # --------------------------------------------------------------------------------------
 # 7. Devices

@@ -209,8 +209,9 @@ class Letters:
         beginning = [1] if add_special_tokens else []
         return {"input_ids": beginning + [ord(letter) for letter in text]}
 
-    def decode(self, ids):
-        return "".join(map(chr, ids))
+    def decode(self, ids, clean_up_tokenization_spaces=True):
+        text = "".join(map(chr, ids))
+        return text.replace(" !", "!") if clean_up_tokenization_spaces else text
 
 
 class Deaf(Letters):
@@ -226,6 +227,7 @@ def test_a_tokenizer_of_transformers_has_tiktokens_methods():
     assert tokenizer.encode_ordinary("café") == [99, 97, 102, 233]
     assert tokenizer.encode_ordinary("") == []
     assert tokenizer.decode([99, 233]) == "cé"
+    assert tokenizer.decode([99, 32, 33]) == "c !"  # begins as [99, 32] does
 
 
 def test_where_a_tokenizer_does_not_say_where_its_tokens_stand_they_are_decoded():
