@@ -28,7 +28,7 @@ from data.lib.command import exit_code, make_parser, number
 from data.lib.devices import choose_device, default_dtype
 from data.lib.errors import UserError
 from data.lib.files import fingerprint
-from data.lib.folder import check_folder, check_space, hold
+from data.lib.folder import check_folder, check_out, hold
 from data.lib.processes import first_process_first, processes, spread
 from data.lib.resumable import Measure, first_blocks, kl_to_teacher
 from data.lib.scores import (
@@ -117,8 +117,8 @@ def result_row(setup, config, scores, sizes, seconds):
                 row[f"{prefix}{model}_{unit}"] = value
 
     tokens = config.steps * config.batch_size * config.block_size
-    row |= {"train_seconds": seconds, "tokens_per_second": tokens / seconds}
-    return row | sizes
+    speed = tokens / seconds if seconds else None  # within one tick of the clock
+    return row | {"train_seconds": seconds, "tokens_per_second": speed} | sizes
 
 
 # --------------------------------------------------------------------------------------
@@ -151,7 +151,7 @@ def set_up(args):
     tokens, size = encode(texts, source, args.student_tokens)
     teacher, student = configs(args, source, tokens, device)
     students = all_students(student) if args.loss == "all" else {args.loss: student}
-    check_space(check_folder(args.out), source.model, 1 + len(students))
+    check_out(args.out, source.model, students)
     setup = Setup(
         args, device, corpus, source, tokens, size, examples, teacher, student, students
     )
@@ -210,10 +210,12 @@ def choose_source(args, device):
     if args.model is not None and args.model not in PRESETS:
         attentions = args.loss in ("l2l", "all")
         return from_transformers(args.model, GPT2, init, size, attentions)
-    if args.model is None and init != "pretrained" and device.type == "cuda":
+    if args.model is None and device.type == "cuda":
         try:
             return from_preset("gpt2", GPT2, init, size, seed)
         except UserError as error:
+            if init == "pretrained":
+                raise
             print(f"model: tiny, instead of gpt2: {error}", flush=True)
     name = args.model or "tiny"
     return from_preset(name, PRESETS[name], init, size, seed)

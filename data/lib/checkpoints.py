@@ -50,20 +50,29 @@ def set_aside(paths):
 def save_checkpoint(path, identity, model, optimizer, step, seconds):
     """Writes the state after `step` steps, which took `seconds`. At any moment there is
     a whole one on disk. identity: plain values that say which run this is. All
-    processes call this, and the first one writes."""
-    weights, averages = sharded.get_state_dict(model, optimizer, options=WHOLE)
+    processes call this, and the first one writes.
+
+    After the last step the weights are all that anybody needs: the optimizer's averages
+    are not kept, nor the checkpoint before."""
+    state = {"identity": identity, "step": step, "seconds": seconds}
+    state["model"] = sharded.get_model_state_dict(model, options=WHOLE)
+    is_last = step == identity["steps"]
+    if not is_last:
+        state["optimizer"] = sharded.get_optimizer_state_dict(
+            model, optimizer, options=WHOLE
+        )
+
     rank, _ = processes()
     if rank > 0:
         return
-
-    state = {"identity": identity, "step": step, "seconds": seconds}
-    state |= {"model": weights, "optimizer": averages}
     new = path.with_suffix(".new.pt")
     write_checked(new, state)
 
     if path.exists():
         os.replace(path, previous(path))
     os.replace(new, path)
+    if is_last:
+        previous(path).unlink(missing_ok=True)
 
 
 def load_checkpoint(path, identity, model, optimizer):
@@ -94,7 +103,10 @@ def load_checkpoint(path, identity, model, optimizer):
         if not 0 < step <= identity["steps"] or not 0 <= seconds < 1e9:
             values = f"step {step} of {identity['steps']} after {seconds} seconds"
             raise ValueError(values)
-        restore(model, optimizer, state["model"], state["optimizer"])
+        if step == identity["steps"]:
+            restore_weights(model, state["model"])
+        else:
+            restore(model, optimizer, state["model"], state["optimizer"])
     return step, seconds
 
 
@@ -108,6 +120,13 @@ def read_state(path):
         if previous(path).exists():
             remedy += f", {previous(path)} is the one before it"
         raise CheckpointError(f"{error}: {remedy}") from None
+
+
+def restore_weights(model, weights):
+    """Fills a model that is trained. Raises an exception if anything does not fit."""
+    if not weights:  # torch would take that for nothing to do
+        raise ValueError("it has no weights")
+    sharded.set_model_state_dict(model, weights, options=WHOLE)
 
 
 def restore(model, optimizer, weights, averages):

@@ -3,11 +3,12 @@ one line and an exit code."""
 
 import argparse
 import math
+import os
 import sys
 
 import tsld
 from data.lib.errors import UserError, is_out_of_memory
-from data.lib.processes import process_group
+from data.lib.processes import process_group, tell_torchrun
 
 
 def number(of_type, above=None, least=None, finite=True):
@@ -81,5 +82,9 @@ def exit_code(command, argv):
     except KeyboardInterrupt as error:
         message, code = str(error) or "interrupted; the checkpoints are kept", 130
 
-    print("error:", " ".join(message.split()), file=sys.stderr)
+    # torchrun's processes mostly meet the same error, which the first of them prints.
+    line = f"error: {' '.join(message.split())}"
+    if os.environ.get("LOCAL_RANK", "0") == "0" or code != 2:
+        print(line, file=sys.stderr)
+    tell_torchrun(line)
     return code

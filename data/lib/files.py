@@ -67,11 +67,18 @@ def write_text(path, text):
 @contextmanager
 def replacing(path):
     """Yields a temporary name, whose file takes the place of that at `path` at the end.
-    If something fails, the temporary file goes and the other one stays."""
-    temporary = Path(f"{path}.tmp")
+    If something fails, all that was written goes and the other file stays.
+
+    The name is in a new folder beside `path`. So two processes that write one file do
+    not meet, a link is not followed, and what a writer leaves goes with the folder."""
+    path = Path(path)
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with tempfile.TemporaryDirectory(
+            prefix=f"{path.name}.", suffix=".tmp", dir=path.parent
+        ) as folder:
+            temporary = Path(folder) / path.name
+            yield temporary
+            os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         # After a failed write torch.save fails once more as it closes its archive. It
         # raises the RuntimeError of that; the OSError of the write is its context.
@@ -79,11 +86,9 @@ def replacing(path):
         if not isinstance(cause, OSError):
             raise
 
-        if cause.filename is None:
-            cause.filename = str(path)
+        cause.filename = str(path)  # and not the temporary one
+        cause.filename2 = None
         raise cause from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_checked(path):

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import stat
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,38 +31,120 @@ def check_folder(path):
 @contextmanager
 def hold(folder):
     """Keeps other runs, which would write the same files, out of the folder. Raises
-    UserError if another process holds it. Windows has no such locks: none is held."""
-    if fcntl is None:
+    UserError if another process holds it. Windows and some file systems have no such
+    locks: none is held there."""
+    path = Path(folder) / ".lock"
+    file = locked(path)
+    if file is None:
         yield
         return
 
-    path = Path(folder) / ".lock"
-    with open(path, "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            message = f"--out {folder} is in use by process {file.read()}: name another"
-            raise UserError(message) from None
-
-        # The lock ends with this process, however it ends. Its number is for others.
-        file.truncate(0)
+    # The lock ends with this process, however it ends. Its number is for others.
+    with file:
         file.write(str(os.getpid()))
         file.flush()
+        remove_leftovers(folder)
 
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)
+            if is_at(path, file):  # and no other run's, if somebody removed ours
+                path.unlink()
+
+
+def locked(path):
+    """The file of a lock, open, empty and locked, or None where there are no locks.
+    Raises UserError if another process has locked it, or it is none of ours."""
+    if fcntl is None:
+        return None
+
+    while True:
+        file = open_lock(path)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = f"process {file.read() or 'unknown'}"
+            file.close()
+            message = f"--out {path.parent} is in use by {holder}: name another"
+            raise UserError(message) from None
+        except OSError as error:  # a network file system, for example
+            path.unlink()
+            file.close()
+            reason = f"its file system has no locks ({error.strerror})"
+            print(f"--out {path.parent}: {reason}, start no second run in it")
+            return None
+
+        # A run that ended in the meantime has removed this file. Another process may
+        # hold the new one.
+        if is_at(path, file):
+            file.truncate(0)
+            return file
+        file.close()
+
+
+def open_lock(path):
+    """The file of a lock, open to be read and written. Raises UserError if it is a link
+    or anything else that must not be written over."""
+    try:
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+        file = os.fdopen(os.open(path, flags, 0o666), "r+")
+    except OSError:
+        if path.is_symlink() or path.exists():
+            raise UserError(f"{path} is no lock of a run: remove it") from None
+        raise
+
+    found = os.fstat(file.fileno())
+    is_plain = stat.S_ISREG(found.st_mode) and found.st_nlink <= 1
+    content = file.read(100) if is_plain else None
+    if not is_plain or not (content == "" or content.isdigit()):
+        file.close()
+        raise UserError(f"{path} is no lock of a run: remove it")
+
+    file.seek(0)
+    return file
+
+
+def is_at(path, file):
+    """Whether an open file is the one at `path`."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
+
+
+def remove_leftovers(folder):
+    """Removes what a run that was killed has left half-written: see files.replacing."""
+    for path in Path(folder).glob("*.????????.tmp"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def check_out(path, model, students):
+    """Raises UserError if a run has no room there for its files: the disk is too small
+    for the checkpoints of a teacher and its students, or a folder has a file's name."""
+    folder = check_folder(path)
+    check_names(folder)
+    check_space(folder, model, 1 + len(students))
+
+
+def check_names(folder):
+    for path in folder.iterdir():
+        is_result = path.suffix in (".pt", ".packed", ".json", ".html")
+        if is_result and path.exists() and not path.is_file():
+            remedy = "move it away, or name another --out"
+            raise UserError(
+                f"{path} is no file, and a run may write one there: {remedy}"
+            )
 
 
 def check_space(path, model, trainings):
     """Raises UserError if the disk has no room for the checkpoints of so many trainings
     of the model."""
-    # A checkpoint holds the weights and AdamW's two averages, in float32. Each training
-    # keeps two, and there is a third one while it is written.
-    checkpoint = 3 * sum(4 * p.numel() for p in model.parameters())
-    needed = checkpoint * (2 * trainings + 1)
+    # A checkpoint holds the weights and AdamW's two averages, in float32. A training
+    # keeps two of them, and there is a third one while it is written. A training that
+    # is finished keeps its weights alone.
+    weights = sum(4 * p.numel() for p in model.parameters())
+    needed = weights * (3 * 3 + trainings - 1)
     free = shutil.disk_usage(path).free
 
     if free < needed:

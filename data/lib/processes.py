@@ -6,9 +6,11 @@ touched by any of this.
 """
 
 import copy
+import json
 import os
 import sys
-from contextlib import contextmanager, redirect_stdout
+import time
+from contextlib import contextmanager, redirect_stdout, suppress
 
 import torch
 from torch import distributed, nn
@@ -35,6 +37,19 @@ def process_group():
                 yield
     finally:
         distributed.destroy_process_group()
+
+
+def tell_torchrun(message):
+    """Has torchrun end its own report of a process that failed with this message."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path is None:
+        return
+
+    # The layout of torch.distributed.elastic's error files.
+    extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
+    content = {"message": {"message": message, "extraInfo": extra}}
+    with suppress(OSError), open(path, "w") as file:
+        json.dump(content, file)
 
 
 def processes():

@@ -102,7 +102,7 @@ def train(
     line = ProgressLine(label, config, start, measure)
 
     has_checkpoint = start > 0
-    began = saved = time.monotonic()
+    began = saved = time.perf_counter()
     try:
         with stop_on_signal() as received:
             for step, loss in steps:
@@ -111,14 +111,14 @@ def train(
                 if watch is not None:
                     watch(step, trained)
 
-                now = time.monotonic()
+                now = time.perf_counter()
                 is_time = now - saved >= CHECKPOINT_SECONDS
                 stop, is_time = any_process(bool(received), is_time)
 
                 if stop or is_time or is_last:
                     seconds = seconds_before + now - began
                     save_checkpoint(path, identity, trained, optimizer, step, seconds)
-                    saved = time.monotonic()
+                    saved = time.perf_counter()
                     has_checkpoint = True
 
                 if stop:
@@ -130,7 +130,7 @@ def train(
     if trained is not model:
         distributed.barrier()  # until the first process has written the checkpoint
         model.load_state_dict(read_checked(path)["model"])
-    return seconds_before + time.monotonic() - began, trained
+    return seconds_before + time.perf_counter() - began, trained
 
 
 def identify(model, tokens, config, teacher):
@@ -186,7 +186,7 @@ class ProgressLine:
             self.measured = f"{self.measure.name} {self.measure.of(model):.3f}, "
 
         done = f"step {step}/{self.config.steps}"
-        speed = self.speed(step, time.monotonic())
+        speed = self.speed(step, time.perf_counter())
         return f"{self.label}: {done}, {self.measured}loss {loss:.3f}, {speed}"
 
     def is_due(self, step):
@@ -199,6 +199,9 @@ class ProgressLine:
         the others, and does not count."""
         if self.first_step_at is None:
             self.first_step_at = now
+            return "measuring speed"
+
+        if now == self.first_step_at:  # the clock has not ticked
             return "measuring speed"
 
         rate = (step - self.start - 1) / (now - self.first_step_at)  # steps per second

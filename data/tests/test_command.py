@@ -387,9 +387,9 @@ def test_a_folder_that_another_run_holds_is_refused_by_name(tiny, capsys, tmp_pa
 
 
 def test_a_disk_without_room_is_found_before_training(tiny, capsys, monkeypatch):
-    # A teacher and a student keep two checkpoints each, and write one more. Each has a
-    # weight and two averages, of 4 bytes.
-    enough = 5 * 3 * 4 * 17_400
+    # A training keeps two checkpoints and writes one more. Each has a weight and two
+    # averages, of 4 bytes. The other training keeps its weights.
+    enough = (3 * 3 + 1) * 4 * 17_400
     usage = SimpleNamespace(free=enough)
     monkeypatch.setattr(folder.shutil, "disk_usage", lambda path: usage)
     run(tiny, capsys)
@@ -401,10 +401,17 @@ def test_a_disk_without_room_is_found_before_training(tiny, capsys, monkeypatch)
     assert "teacher:" not in refused(tiny, capsys, words)
 
 
-def test_a_batch_that_no_memory_holds_is_refused_before_the_teacher(tiny, capsys):
-    words = "a batch of 1,000,000,000,000,000 x 16 tokens takes 768,000,000 GB or more"
-    batch = ["--batch-size", str(10**15)]
+@pytest.mark.parametrize("parts", ["1", "1000000000000000"])
+def test_a_batch_that_no_memory_holds_is_refused_before_the_teacher(
+    parts, tiny, capsys
+):
+    words = "a batch of 1,000,000,000,000,000 x 16 tokens takes "
+    batch = ["--batch-size", str(10**15), "--accumulate", parts]
     assert "teacher:" not in refused([*batch, *tiny], capsys, words)
+
+
+def test_too_little_memory_is_one_line(tiny, capsys):
+    refused(["--block-size", str(10**15), *tiny], capsys, OUT_OF_MEMORY)
 
 
 def test_a_model_that_cannot_be_had_is_refused(tiny, capsys):

@@ -213,6 +213,7 @@ def test_on_a_full_disk_the_error_names_the_file_and_the_old_one_stays(
     assert error.value.filename == str(path)
     assert error.value.errno in (errno.EFBIG, errno.EIO)
     assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["file"]
 
 
 @pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
@@ -231,6 +232,48 @@ def test_an_interrupted_write_leaves_the_old_file(write, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         write(path, 2)
     assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+def test_two_writers_of_one_file_do_not_meet(write, tmp_path, monkeypatch):
+    """A second one writes the file from the first to the last byte as the first one is
+    about to put its own there."""
+    path = tmp_path / "file"
+    replace = os.replace
+    once = []
+
+    def meet(source, target):
+        if target == path and not once:
+            once.append(True)
+            write(path, 2)
+        replace(source, target)
+
+    write(tmp_path / "expected", 1)
+    monkeypatch.setattr(os, "replace", meet)
+    write(path, 1)
+    assert path.read_bytes() == (tmp_path / "expected").read_bytes()
+    assert sorted(os.listdir(tmp_path)) == ["expected", "file"]
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+def test_a_link_is_replaced_and_not_followed(write, tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    for name in ("file", "file.tmp"):
+        (tmp_path / name).symlink_to(tmp_path / "mine")
+    write(tmp_path / "file", 1)
+
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert not (tmp_path / "file").is_symlink()
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+def test_a_file_that_cannot_be_written_there_is_named(write, tmp_path):
+    (tmp_path / "file").mkdir()
+    for path in (tmp_path / "file", tmp_path / "nowhere" / "file"):
+        with pytest.raises(OSError) as error:
+            write(path, 1)
+        assert error.value.filename == str(path)
     assert os.listdir(tmp_path) == ["file"]
 
 

