@@ -86,11 +86,11 @@ def train_and_compare(setup, out):
             files.write_text(out / "results.json", text)
 
     # What came out.
-    transcript.print_table(rows)
+    transcript.print_table(rows, setup.args.task, setup.examples)
     transcript.print_lessons(results, sizes)
     models = {"teacher": teacher, "rounded": rounded, name: student}
     transcript.print_texts(setup, models)
-    print(f"\nresults: {out / 'results.json'}")
+    transcript.print_files(out)
     file = out / f"student-{name}.packed"
     transcript.print_next_command(__file__, file, setup)
 
@@ -252,7 +252,7 @@ def train_teacher(setup):
 
     ids = first_blocks(setup.tokens["valid"], config.block_size).flatten()
     measure = Measure(
-        "validation perplexity",
+        "perplexity of unseen text",
         lambda model: perplexity(tsld.evaluate(model, ids, config.block_size)),
     )
     resumable.train(

@@ -131,6 +131,11 @@ def load_task(name):
     return train, test
 
 
+def part_of(name):
+    """Which part of a task its scores are of: "dev" or "test"."""
+    return "test" if f" {name}/test." in FILES else "dev"
+
+
 def join_labels(rows):
     """PIQA has two files: the examples without their answers, and the answers."""
     half = len(rows) // 2
@@ -232,6 +237,19 @@ def training_text(tokenizer, examples):
         ids.append(tokenizer.end_of_text)
 
     return ids
+
+
+def chance(examples):
+    """Name -> the accuracy that takes no model; nothing where answers are free."""
+    if not examples or len(examples[0].choices) == 1:
+        return {}
+
+    found = {"a guess": np.mean([1 / len(example.choices) for example in examples])}
+    if len({example.choices for example in examples}) == 1:
+        counts = collections.Counter(example.answer for example in examples)
+        answer, count = counts.most_common(1)[0]
+        found[f"always {examples[0].choices[answer]!r}"] = count / len(examples)
+    return found
 
 
 # --------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import errno
 import hashlib
 import json
 import os
+import tempfile
 import zipfile
 from contextlib import contextmanager
 from pathlib import Path

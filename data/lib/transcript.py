@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 import tsld
+from data import tasks
 from data.lib.devices import default_dtype
 
 WIDTH = 88
@@ -46,13 +47,18 @@ def print_setup(model, ternary, student, device):
         print(f"dtype: bfloat16 is slow on this {device.type}, up to 20 times")
 
 
-def print_table(rows):
+def print_table(rows, task=None, examples=None):
     """rows: (name, scores, bytes). The first is the teacher, the second the
-    rounded teacher, all others are students. scores: part -> unit -> number."""
+    rounded teacher, all others are students. scores: part -> unit -> number; of a task
+    they are those of its examples."""
+    names = NAMES
+    if task is not None:
+        names = NAMES | {"valid": f"{len(examples):,} {tasks.part_of(task)} examples"}
+
     scores_of_teacher = rows[0][1]
     above = below = " " * 26
     for part, units in scores_of_teacher.items():
-        above += f"{NAMES.get(part, part):>{12 * len(units)}}"
+        above += f"{names.get(part, part):>{12 * len(units)}}"
         below += "".join(f"{NAMES.get(unit, unit):>12}" for unit in units)
     print(f"\n{above}\n{below}{'won back':>10}{'bytes':>13}")
 
@@ -64,9 +70,22 @@ def print_table(rows):
             line += "".join(cell(unit, value) for unit, value in units.items())
 
         won = ""
-        if number > 1 and rounded > teacher:
-            won = f"{(rounded - scores[part]['bpb']) / (rounded - teacher):.0%}"
+        if number > 1:
+            won = won_back(teacher, rounded, scores[part]["bpb"])
         print(f"{line}{won:>10}{size:>13,}")
+
+    for name, accuracy in tasks.chance(examples or []).items():
+        print(f"{name:26}{'':24}{accuracy:12.4f}")
+
+
+def won_back(teacher, rounded, student):
+    """The share of rounding's cost that a student won back, in print; empty where
+    rounding cost less than a hundredth, which is no more than chance makes of two runs.
+    All in bits per byte."""
+    cost = rounded - teacher
+    if cost < 0.01 * teacher:
+        return ""
+    return f"{(rounded - student) / cost:.0%}"
 
 
 def cell(unit, value):
@@ -144,15 +163,16 @@ def print_token_weights(teacher, ids, temperature, decode, shown=16):
     print("\n" + "\n".join(lines))
 
 
-def print_samples(models, prompt, length, decode, seed):
-    """What each model makes of a prompt. models: name -> model. prompt: int64 (T,), on
-    their device."""
-    text = " ".join(decode(prompt.tolist()).split())
-    print(f"\nThe validation text begins: {text}")
+def print_samples(models, prompt, length, tokenizer, seed, title):
+    """What each model makes of a prompt, up to the end of the text. models: name ->
+    model. prompt: int64 (T,), on their device. title: says what the prompt is."""
+    text = " ".join(tokenizer.decode(prompt.tolist()).split())
+    print(f"\n{title}: {text}")
     for name, model in models.items():
         torch.manual_seed(seed)
         ids = model.generate(prompt[None], length, **SAMPLING)[0, len(prompt) :]
-        text = " ".join(decode(ids.tolist()).split())
+        ids = tasks.up_to(ids.tolist(), tokenizer.end_of_text)
+        text = " ".join(tokenizer.decode(ids).split())
         print(textwrap.fill(f"{name} goes on: {text}", WIDTH))
 
 
@@ -161,23 +181,36 @@ def print_texts(setup, models):
     setup: the run's. models: name -> model, the first one the teacher."""
     block_size = setup.student.block_size
     ids = setup.tokens["valid"][: block_size + 1].to(setup.device)
-    decode = setup.source.tokenizer.decode
+    tokenizer = setup.source.tokenizer
     models = {name: model.to(setup.device) for name, model in models.items()}
     if "tsld" in setup.students and setup.examples is None:
         temperature = setup.students["tsld"].temperature
         teacher = next(iter(models.values()))
-        print_token_weights(teacher, ids, temperature, decode)
+        print_token_weights(teacher, ids, temperature, tokenizer.decode)
 
-    prompt = ids[: min(16, block_size // 2)]
+    title, prompt = "The validation text begins", ids[: min(16, block_size // 2)]
+    if setup.examples:
+        title = "The first question"
+        question = tokenizer.encode_ordinary(setup.examples[0].prompt)
+        prompt = torch.tensor(question[-(block_size // 2) :], device=setup.device)
     length = min(48, block_size - len(prompt))
-    print_samples(models, prompt, length, decode, setup.args.seed)
+    print_samples(models, prompt, length, tokenizer, setup.args.seed, title)
+
+
+def print_files(out):
+    """Where the results are, and what may be deleted."""
+    print(f"\nresults: {out / 'results.json'}")
+    size = sum(path.stat().st_size for path in out.glob("*.pt")) / 1e6
+    then = "a later run would train its teacher anew"
+    print(f"may go: {out / '*.pt'}, checkpoints of {size:,.1f} MB; {then}")
 
 
 def print_next_command(program, file, setup):
     """How to make more text, from where the user stands. The prompt is the validation
     text's first four words, or as many as half a block has room for."""
     tokenizer, block_size = setup.source.tokenizer, setup.student.block_size
-    words = tokenizer.decode(setup.tokens["valid"][:12].tolist()).split()[:4]
+    ids = tasks.up_to(setup.tokens["valid"][:12].tolist(), tokenizer.end_of_text)
+    words = tokenizer.decode(ids).split()[:4]
     while len(tokenizer.encode_ordinary(" ".join(words))) > block_size // 2:
         words.pop()
 

@@ -86,6 +86,31 @@ def test_the_checkpoint_before_is_kept_and_used_when_the_newest_is_gone(tmp_path
     assert_same_state(before, other)
 
 
+def test_a_finished_training_keeps_its_weights_alone(tmp_path):
+    path = tmp_path / "state.pt"
+    saved(path, steps=3)
+    unfinished = path.stat().st_size
+    before = saved(path, steps=6)
+
+    assert os.listdir(tmp_path) == ["state.pt"]
+    assert "optimizer" not in read_checked(path)
+    assert path.stat().st_size < 0.5 * unfinished
+
+    other, optimizer = trained(0, seed=2)
+    assert load_checkpoint(path, IDENTITY, other, optimizer) == (6, 1.5)
+    weights = before[0].state_dict()
+    for name, tensor in other.state_dict().items():
+        assert torch.equal(tensor, weights[name]), name
+
+
+def test_a_finished_training_without_weights_is_refused(tmp_path):
+    path = tmp_path / "state.pt"
+    saved(path, steps=6)
+    write_checked(path, read_checked(path) | {"model": {}})
+    with pytest.raises(tsld.CheckpointError, match="it has no weights"):
+        load_checkpoint(path, IDENTITY, *trained(0))
+
+
 @pytest.mark.parametrize("moment", [1, 2, 3])
 def test_a_process_that_dies_while_saving_leaves_the_last_checkpoint(
     moment, tmp_path, monkeypatch

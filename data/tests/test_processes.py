@@ -14,7 +14,14 @@ import tsld
 from data.lib import processes, resumable
 from data.lib.files import read_checked
 from data.lib.progress import TrainingStopped
-from data.tests.helpers import TEXT, has_loopback, micro_gpt, micro_ids, run_together
+from data.tests.helpers import (
+    ROOT,
+    TEXT,
+    has_loopback,
+    micro_gpt,
+    micro_ids,
+    run_together,
+)
 
 CPU = torch.device("cpu")
 BRIEF = tsld.TrainConfig(steps=4, batch_size=4, block_size=8, lr=0.01)
@@ -148,6 +155,20 @@ def test_a_signal_to_one_stops_both_and_one_alone_resumes(together, tmp_path):
     (tmp_path / "resumed.pt").write_bytes((folder / "stopped.pt").read_bytes())
     train("tsld", tmp_path / "resumed.pt", resume=True)
     assert_checkpoints_close(tmp_path / "resumed.pt", folder / "tsld.pt")
+
+
+def test_an_error_is_said_once_and_is_the_last_line_of_torchruns_report(tmp_path):
+    if not has_loopback():
+        pytest.skip("no loopback network")
+    flags = ["--data", tmp_path / "nowhere.txt", "--device", "cpu"]
+    run = run_together(ROOT / "train_small.py", *flags, torchrun=True)
+
+    line = f"error: --data {tmp_path / 'nowhere.txt'}: No such file or directory"
+    assert run.returncode != 0
+    assert run.stderr.splitlines().count(line) == 1
+    *_, last, border = run.stderr.splitlines()
+    assert last == f"  traceback : {line}"
+    assert not border.strip("=")
 
 
 # --------------------------------------------------------------------------------------

@@ -438,6 +438,14 @@ def test_the_speed_counts_from_the_second_step_of_a_run_on():
     assert line.speed(15, now=502.0) == "8,192 tokens/s, 8:12 left"
 
 
+def test_a_clock_that_has_not_ticked_gives_no_speed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(resumable.time, "perf_counter", lambda: 500.0)
+    train(tmp_path / "state.pt")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].startswith("student: step 6/6, ")
+    assert lines[-1].endswith(", measuring speed")
+
+
 def test_the_line_of_the_last_step_is_shown(tmp_path, capsys):
     train(tmp_path / "state.pt")
     shown = capsys.readouterr().out.splitlines()

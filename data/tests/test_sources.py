@@ -265,6 +265,10 @@ def test_a_gpu_without_gpt2s_vocabulary_or_weights_takes_tiny_and_says_so(
         with pytest.raises(UserError, match=f"no route to host.*{remedy}"):
             choose(["--model", "gpt2"], "cuda")
 
+        # Whoever asks for published weights does not want tiny, which has none.
+        with pytest.raises(UserError, match="no route to host"):
+            choose(["--init", "pretrained"], "cuda")
+
     assert choose([], "cpu").name == "tiny"
     assert capsys.readouterr().out == ""
 
@@ -275,6 +279,8 @@ def test_a_gpu_with_gpt2s_vocabulary_and_weights_takes_gpt2(monkeypatch):
     monkeypatch.setattr(sources, "load_published", lambda name, model: None)
     source = choose([], "cuda")
 
+    assert (source.name, source.init) == ("gpt2", "pretrained")
+    source = choose(["--init", "pretrained"], "cuda")
     assert (source.name, source.init) == ("gpt2", "pretrained")
     assert choose(["--model", "tiny"], "cuda").name == "tiny"
     with pytest.raises(UserError, match="--init pretrained: only gpt2"):

@@ -477,6 +477,18 @@ def test_probabilities_are_float32_whatever_the_logits_are():
     assert nats == pytest.approx(expected, rel=1e-6)
 
 
+def test_chance_is_a_guess_or_one_answer_to_all():
+    choices = [("a", "b"), ("a", "b", "c", "d")]
+    mixed = [Example("x", texts, 0) for texts in choices]
+    assert tasks.chance(mixed) == {"a guess": 0.375}
+
+    answers = [1, 0, 1, 1, 1]
+    alike = [Example("x", ("no", "yes"), answer) for answer in answers]
+    assert tasks.chance(alike) == {"a guess": 0.5, "always 'yes'": 0.8}
+    assert tasks.chance([Example("x", ("free",), 0)]) == {}
+    assert tasks.chance([]) == {}
+
+
 # --------------------------------------------------------------------------------------
 # Free answers
 

@@ -11,6 +11,7 @@ import torch
 
 import train_small
 from data.lib import transcript
+from data.tasks import Example
 from data.tests.helpers import ROOT, micro_gpt, run, softmax64
 from tsld import TrainConfig
 
@@ -109,10 +110,16 @@ def test_the_table_has_every_score_and_the_share_that_each_student_wins_back(cap
     assert [line[:end].split()[-1] for line in lines] == [line[1] for line in words]
 
 
-def test_where_rounding_costs_nothing_nothing_is_won_back(capsys):
-    rows = [(name, both(55.0, 2.0), 1) for name in ("teacher", "rounded", "student")]
-    transcript.print_table(rows)
+@pytest.mark.parametrize("cost", [0.0, 1e-9, -0.1, 0.0199])
+def test_where_rounding_costs_next_to_nothing_nothing_is_won_back(cost, capsys):
+    rows = [("teacher", both(55.0, 2.0), 1), ("rounded", both(55.0, 2.0 + cost), 1)]
+    transcript.print_table([*rows, ("student", both(54.0, 1.9), 1)])
     assert "%" not in capsys.readouterr().out
+
+
+def test_from_a_hundredth_of_the_teachers_bits_on_a_share_is_won_back():
+    assert transcript.won_back(2.0, 2.021, 2.0) == "100%"
+    assert transcript.won_back(2.0, 2.04, 2.03) == "25%"
 
 
 def test_a_tasks_table_has_its_accuracies(capsys):
@@ -121,6 +128,25 @@ def test_a_tasks_table_has_its_accuracies(capsys):
     titles, teacher = capsys.readouterr().out.splitlines()[2:4]
     assert titles.split()[:4] == ["perplexity", "bits/byte", "accuracy", "acc_norm"]
     assert teacher.split() == ["teacher", "2.00", "1.0000", "0.5000", "0.2500", "1"]
+
+
+@pytest.mark.parametrize("task, part", [("sst2", "dev"), ("arc_easy", "test")])
+def test_a_tasks_table_says_which_examples_it_is_of_and_what_chance_scores(
+    task, part, capsys
+):
+    scores = {"valid": {"ppl": 2.0, "bpb": 1.0, "accuracy": 0.5, "acc_norm": 0.25}}
+    examples = [Example("x", ("no", "yes"), i == 0) for i in range(4)]
+    rows = [("teacher", scores, 1), ("rounded", scores, 1)]
+    transcript.print_table(rows, task, examples)
+    lines = capsys.readouterr().out.splitlines()
+
+    assert lines[1].strip() == f"4 {part} examples"
+    assert [line.split() for line in lines[-2:]] == [
+        ["a", "guess", "0.5000"],
+        ["always", "'no'", "0.7500"],
+    ]
+    end = lines[2].index("accuracy") + len("accuracy")
+    assert {len(line) for line in lines[-2:]} == {end}
 
 
 # --------------------------------------------------------------------------------------
@@ -233,10 +259,11 @@ def test_no_token_is_broken_at_the_end_of_a_line(capsys):
 def test_each_model_goes_on_with_the_prompt_from_the_seed(capsys):
     models = {"teacher": micro_gpt(), "tsld": micro_gpt(1)}
     prompt = torch.tensor([1, 2, 3])
-    transcript.print_samples(models, prompt, 4, decode, seed=5)
+    tokenizer = SimpleNamespace(decode=decode, end_of_text=None)
+    transcript.print_samples(models, prompt, 4, tokenizer, 5, "The text begins")
     lines = capsys.readouterr().out.splitlines()[1:]
 
-    assert lines[0] == "The validation text begins: w1 w2 w3"
+    assert lines[0] == "The text begins: w1 w2 w3"
 
     for line, (name, model) in zip(lines[1:], models.items(), strict=True):
         torch.manual_seed(5)
@@ -244,15 +271,36 @@ def test_each_model_goes_on_with_the_prompt_from_the_seed(capsys):
         assert line == f"{name} goes on:{decode(ids.tolist())}"
 
 
+def test_no_sample_goes_on_after_the_end_of_the_text(capsys):
+    model = SimpleNamespace(generate=lambda *_, **__: torch.tensor([[1, 2, 3, 9, 4]]))
+    tokenizer = SimpleNamespace(decode=decode, end_of_text=9)
+    prompt = torch.tensor([1, 2])
+    transcript.print_samples({"it": model}, prompt, 3, tokenizer, 0, "Text")
+    assert capsys.readouterr().out == "\nText: w1 w2\nit goes on:  w3\n".replace(
+        "  ", " "
+    )
+
+
+def test_of_a_task_the_models_go_on_with_the_first_question(capsys):
+    setup = a_setup(8, [0] * 17, tsld=TrainConfig())
+    setup.examples = [Example("1 2 3 4 5 6", ("x",), 0), Example("7", ("x",), 0)]
+    encode = lambda text: [int(word) for word in text.split()]
+    setup.source.tokenizer.encode_ordinary = encode
+    transcript.print_texts(setup, {"teacher": micro_gpt()})
+    printed = capsys.readouterr().out
+
+    assert "The first question: w3 w4 w5 w6\n" in printed  # which fills half a block
+    assert "How much" not in printed
+
+
 def a_setup(block_size=8, valid=range(17), **students):
     """What print_texts and print_next_command look at in a Setup."""
+    tokenizer = SimpleNamespace(decode=decode, end_of_text=None)
     return SimpleNamespace(
         args=SimpleNamespace(seed=0),
         device=CPU,
         examples=None,
-        source=SimpleNamespace(
-            name="tiny", model=micro_gpt(), tokenizer=SimpleNamespace(decode=decode)
-        ),
+        source=SimpleNamespace(name="tiny", model=micro_gpt(), tokenizer=tokenizer),
         student=TrainConfig(block_size=block_size),
         students=students,
         tokens={"valid": torch.tensor([*valid])},
@@ -324,6 +372,7 @@ def test_the_next_commands_prompt_fills_half_a_block_at_most(
     setup.source.tokenizer = SimpleNamespace(
         decode=lambda ids: "\n a  'b c d e f" if len(ids) == 12 else "",
         encode_ordinary=str.split,
+        end_of_text=None,
     )
     transcript.print_next_command(train_small.__file__, "student.packed", setup)
     words = shlex.split(capsys.readouterr().out)
