@@ -12,7 +12,6 @@ import copy
 import json
 import math
 import sys
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -51,8 +50,7 @@ def run(args):
     """Trains a teacher, rounds it, and distills students from it. Leaves results.json
     and packed models in --out, and prints a table and samples of text."""
     out = check_folder(args.out)
-    is_first = processes()[0] == 0
-    with hold(out) if is_first else nullcontext():
+    with hold(out):
         train_and_compare(set_up(args), out)
 
 

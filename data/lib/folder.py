@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from data.lib.errors import UserError
+from data.lib.processes import processes
 
 try:
     import fcntl  # Windows has none
@@ -30,11 +31,12 @@ def check_folder(path):
 
 @contextmanager
 def hold(folder):
-    """Keeps other runs, which would write the same files, out of the folder. Raises
-    UserError if another process holds it. Windows and some file systems have no such
-    locks: none is held there."""
+    """Keeps other runs, which would write the same files, out of the folder. The first
+    of several processes does it for all. Raises UserError if another run holds it.
+    Windows and some file systems have no such locks: none is held there."""
     path = Path(folder) / ".lock"
-    file = locked(path)
+    is_first = processes()[0] == 0
+    file = locked(path) if is_first else None
     if file is None:
         yield
         return
