@@ -31,7 +31,7 @@ class CudaGraph:
         caller.wait_stream(stream)
 
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.stream(caller), torch.cuda.graph(graph):
             self.outputs = function()
         self.replay = graph.replay
 

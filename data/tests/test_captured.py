@@ -252,7 +252,8 @@ class Noted:
 
 WARMED_UP = """current_stream, Stream, wait_stream, stream, enter, function,
 set_sync_debug_mode error, function, set_sync_debug_mode default, exit"""
-RECORDED = "wait_stream, CUDAGraph, graph, enter, function, exit, replay"
+RECORDED = """wait_stream, CUDAGraph, stream, enter, graph, enter, function, exit, exit,
+replay"""
 
 
 def test_a_graph_is_recorded_after_calls_on_a_side_stream(monkeypatch):
