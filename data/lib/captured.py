@@ -1,10 +1,8 @@
 """A training step whose work on a GPU is recorded once and then replayed.
 
 A step is some thousand short pieces of work, and to start them one by one takes the
-processor longer than the GPU needs for them. A CUDA graph starts them all at once. It
-holds forward and backward; clipping and AdamW, which take all tensors at a time, stay
-outside. A replay runs no Python: nothing in the step may depend on a value. Dropout
-follows torch.manual_seed as it does without a graph.
+processor longer than the GPU needs for them. A CUDA graph starts all of forward and
+backward at once. Nothing in it may depend on a value: a replay runs no Python.
 """
 
 from dataclasses import replace
@@ -16,18 +14,21 @@ class CudaGraph:
     """What function() does on the GPU. A replay fills its outputs, tensors, anew."""
 
     def __init__(self, function):
-        # Compilers need a first call. In the second one it is an error to wait for the
-        # GPU, which cannot be recorded.
+        # Compilers need a first call. In a second one, which is told that it is being
+        # recorded, it is an error to wait for the GPU.
         caller = torch.cuda.current_stream()
         stream = torch.cuda.Stream()
         stream.wait_stream(caller)
+        is_capturing = torch.cuda.is_current_stream_capturing
         with torch.cuda.stream(stream):
             function()
+            torch.cuda.is_current_stream_capturing = lambda: True
             torch.cuda.set_sync_debug_mode("error")
             try:
                 function()
             finally:
                 torch.cuda.set_sync_debug_mode("default")
+                torch.cuda.is_current_stream_capturing = is_capturing
         caller.wait_stream(stream)
 
         graph = torch.cuda.CUDAGraph()
@@ -54,7 +55,7 @@ class Captured:
         if self.graph is None:
             return self.backward(student, teacher, ids, targets, config)
 
-        self.batch.copy_(torch.stack((ids, targets)))
+        torch.stack((ids, targets), out=self.batch)
         self.graph.replay()
         loss, *gradients = self.graph.outputs
         for parameter, gradient in zip(student.parameters(), gradients):
@@ -72,9 +73,8 @@ class Captured:
         self.batch = batch
         self.graph = None  # frees the memory of the one before
         try:
-            # Dropout draws random numbers in the calls before, too.
             with torch.random.fork_rng([batch.device] if batch.is_cuda else []):
-                self.graph = self.graph_of(compute)
+                self.graph = self.graph_of(compute)  # which calls it for a trial
         except RuntimeError as error:
             student.zero_grad()
             print(f"the step is not captured: {str(error).splitlines()[0]}", flush=True)

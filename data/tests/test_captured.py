@@ -4,13 +4,16 @@ A stand-in plays the part of the graph. It calls the function again, and leaves 
 gives in the tensors of the first call, as a GPU does. The steps are held against those
 that tsld.train takes without it."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import tsld
-from data.lib import captured, lean, resumable
+from data.lib import captured, hf, lean, resumable
 from data.lib.captured import Captured
 from data.tests.helpers import TEXT, micro_gpt, micro_ids
 
@@ -258,11 +261,21 @@ replay"""
 
 def test_a_graph_is_recorded_after_calls_on_a_side_stream(monkeypatch):
     calls = []
-    monkeypatch.setattr(torch, "cuda", Noted(calls))
-    graph = captured.CudaGraph(lambda: calls.append("function") or "outputs")
+    told = []
+
+    def function():
+        calls.append("function")
+        told.append(torch.cuda.is_current_stream_capturing() is True)
+        return "outputs"
+
+    stand_in = Noted(calls)
+    stand_in.is_current_stream_capturing = lambda: "as it is"
+    monkeypatch.setattr(torch, "cuda", stand_in)
+    graph = captured.CudaGraph(function)
     graph.replay()
     assert calls == f"{WARMED_UP}, {RECORDED}".replace("\n", " ").split(", ")
     assert graph.outputs == "outputs"
+    assert told == [False, True, False]
 
 
 def test_what_waits_for_the_gpu_is_found_before_anything_is_recorded(monkeypatch):
@@ -273,10 +286,66 @@ def test_what_waits_for_the_gpu_is_found_before_anything_is_recorded(monkeypatch
         if "set_sync_debug_mode error" in calls:
             raise RuntimeError("called a synchronizing CUDA operation")
 
-    monkeypatch.setattr(torch, "cuda", Noted(calls))
+    stand_in = Noted(calls)
+    stand_in.is_current_stream_capturing = lambda: "as it is"
+    monkeypatch.setattr(torch, "cuda", stand_in)
     with pytest.raises(RuntimeError, match="synchronizing"):
         captured.CudaGraph(waits)
+    assert torch.cuda.is_current_stream_capturing() == "as it is"
     assert calls == WARMED_UP.replace("\n", " ").split(", ")
+
+
+class HostReads(TorchDispatchMode):
+    """Fails at an operation whose result the processor would have to wait for, or that
+    copies between it and the device."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        made = function(*arguments, **(keywords or {}))
+        devices = {
+            t.device for t in tree_leaves((arguments, made)) if torch.is_tensor(t)
+        }
+        assert len(devices) == 1, f"{function} is between {devices}"
+        return made
+
+
+def meta_step(monkeypatch, student, teacher, config):
+    """A step on the meta device, which has no values to wait for: to ask for one, or
+    for as many numbers as a mask lets pass, is an error there."""
+    monkeypatch.setattr(torch, "autocast", lambda *a, **k: nullcontext())
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
+    monkeypatch.setattr(lean, "columns_of", lambda V, device: V + 5)  # as on a GPU
+    ids = torch.zeros(4, 8, dtype=torch.long, device="meta")
+    models = (student.to("meta").train(), teacher.to("meta"))
+    with HostReads():
+        return lean.backward(*models, ids, ids, config)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+@pytest.mark.parametrize("loss", lean.LEAN_LOSSES)
+def test_a_step_never_waits_for_a_value(loss, granularity, bits, monkeypatch):
+    student = tsld.quantize_model(micro_gpt(1, dropout=0.3), bits, granularity)
+    config = replace(CONFIG, loss=loss, accumulate=2)
+    meta_step(monkeypatch, student, micro_gpt(2), config)
+    assert all(p.grad.is_meta for p in student.parameters())
+
+
+@pytest.mark.parametrize("name", ["Llama", "GPT2", "OPT"])
+def test_a_model_of_transformers_never_waits_where_it_is_recorded(name, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 17, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"hidden_size": 12, "pad_token_id": 0, "bos_token_id": 0}
+    sizes |= {"eos_token_id": 0}
+    config = getattr(transformers, f"{name}Config")(**sizes)
+    kind = getattr(
+        transformers, {"GPT2": "GPT2LMHeadModel"}.get(name, f"{name}ForCausalLM")
+    )
+    teacher = hf.LinearHeadModel(kind(config))
+    student = tsld.quantize_model(hf.LinearHeadModel(kind(config)))
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    meta_step(monkeypatch, student, teacher.eval(), CONFIG)
+    assert student.lm_head.weight.grad.is_meta
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

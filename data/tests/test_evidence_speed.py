@@ -176,13 +176,44 @@ def test_a_dry_run_on_a_cpu_fills_every_row(capsys, tmp_path, monkeypatch, uncom
 
     rest = [row for row in found if row["part"] != "step"]
     parts = [row["part"] for row in rest]
-    assert parts == ["turns", "turns", "product", "decoding"]
-    assert rest[0]["nanoGPT, compiled"] > 0 and rest[0]["tsld, captured"] > 0
-    assert rest[2]["packed_us"] > 0 and rest[2]["bf16_us"] > 0
-    assert rest[3]["packed_tokens_per_second"] > 0
-    assert rest[3]["bf16_tokens_per_second"] > 0
+    assert parts == ["product", "decoding", "turns", "turns"]
+    assert rest[0]["packed_us"] > 0 and rest[0]["bf16_us"] > 0
+    assert rest[1]["packed_tokens_per_second"] > 0
+    assert rest[1]["bf16_tokens_per_second"] > 0
+    assert rest[2]["nanoGPT, compiled"] > 0 and rest[2]["tsld, captured"] > 0
 
     assert f"of {len(found)}: " not in run(flags, capsys, gpu.main)
+
+
+STEP = {"part": "step", "shape": "GPT-2 small", "batch": 4, "loss": "tsld"}
+STEP |= {"tokens_per_second": 1234.5, "peak_bytes": 2.5e9, "utilisation": 0.25}
+
+
+def test_the_tables_of_a_gpu_have_every_part_that_was_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "ROOM", tmp_path)
+    turns = {"part": "turns", "shape": "GPT-2 medium", "batch": 32, "dtype": "bfloat16"}
+    found = [
+        STEP | {"way": "eager", "captured": False},
+        STEP | {"way": "captured", "captured": True, "batch": 32},
+        STEP | {"way": "captured", "captured": False, "shape": "GPT-2 medium"},
+        turns | {"nanoGPT, compiled": 200.0, "tsld, captured": 150.0},
+        {"part": "product", "out": 8, "width": 4, "FP32_us": 3, "bf16_us": 2}
+        | {"packed_us": 1.5},
+        {"part": "decoding", "FP32_tokens_per_second": 10.0}
+        | {"bf16_tokens_per_second": 20.0, "packed_tokens_per_second": 5.0},
+    ]
+    (tmp_path / "gpu.json").write_text(json.dumps(found))
+    steps, beside, packed = gpu.tables()
+    cell = "1,234, 2.5, 25.0 %"
+    assert steps.lines == [
+        ["TSLD", cell, ""],
+        ["TSLD, captured, batch 32", cell, ""],
+        ["TSLD, captured (could not be)", "", cell],
+    ]
+    assert beside.columns[1:] == ["nanoGPT, compiled", "tsld, captured"]
+    assert beside.lines == [["GPT-2 medium, batch 32", "200 (1.00)", "150 (0.75)"]]
+    assert packed.lines[0] == ["one row times 8 x 4, µs", "3.0", "2.0", "1.5"]
+    assert packed.lines[1][1:] == ["10.0", "20.0", "5.0"]
 
 
 def test_a_dry_run_without_nanogpt_says_so(capsys, tmp_path, monkeypatch):

@@ -41,7 +41,7 @@ def main(argv):
 
 
 def page():
-    return rows.page("speed.bench draw", [gpu.table(), memory.table()])
+    return rows.page("speed.bench draw", [*gpu.tables(), memory.table()])
 
 
 if __name__ == "__main__":

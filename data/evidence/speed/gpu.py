@@ -89,28 +89,29 @@ def wanted_parts(device, nanogpt):
         batches = DRY_BATCHES
         matrices = ((8, 16),)
 
-    # The steps that are compared with a target; then nanoGPT; then the other losses.
-    parts = []
-    for way in training.WAYS:
-        for shape in shapes:
-            for batch in batches:
-                step = {"part": "step", "shape": shape, "batch": batch}
-                parts.append(step | {"loss": "tsld", "way": way})
+    def steps(losses, batches, ways):
+        for loss in losses:
+            for way in ways:
+                if loss == "l2l" and way == "captured":
+                    continue  # it waits to learn how many scores the mask lets pass
+                for batch in batches:
+                    for shape in shapes:
+                        step = {"part": "step", "shape": shape, "batch": batch}
+                        yield step | {"loss": loss, "way": way}
 
+    # What is compiled takes the longest, and comes last.
+    others = [loss for loss in tsld.LOSSES if loss != "tsld"]
+    quick = ("eager", "captured")
+    slow = [way for way in training.WAYS if way not in quick]
+    parts = [*steps(["tsld"], batches, quick)]
+    parts += steps(others, batches[:1], quick)
+    parts += [{"part": "product", "out": o, "width": w} for o, w in matrices]
+    parts.append({"part": "decoding"})
     if nanogpt:
         turns = [(shape, batch) for shape in shapes for batch in batches]
         parts += [{"part": "turns", "shape": s, "batch": b} for s, b in turns]
-
-    for loss in tsld.LOSSES:
-        for way in ("eager", "captured"):
-            is_captured_l2l = loss == "l2l" and way == "captured"
-            for shape in shapes:
-                step = {"part": "step", "shape": shape, "batch": batches[0]}
-                if loss != "tsld" and not is_captured_l2l:
-                    parts.append(step | {"loss": loss, "way": way})
-
-    parts += [{"part": "product", "out": o, "width": w} for o, w in matrices]
-    return [*parts, {"part": "decoding"}]
+    parts += steps(["tsld"], batches, slow)
+    return parts
 
 
 def free_memory():
@@ -239,23 +240,38 @@ def measure_decoding(device, steps):
 
 
 # --------------------------------------------------------------------------------------
-# The table
+# The tables
 
 
-def table():
-    """The training steps in the gpu.json beside this file."""
+def tables():
+    """Of the rows in the gpu.json beside this file, those that there are rows for."""
+    found = rows.read_rows(ROOM, "gpu.json")
+    of_part = collections.defaultdict(list)
+    for row in found:
+        of_part[row["part"]].append(row)
+
+    made = [table_of_steps(of_part["step"])]
+    if of_part["turns"]:
+        made.append(table_of_turns(of_part["turns"]))
+    packed = of_part["product"] + of_part["decoding"]
+    if packed:
+        made.append(table_of_packed(packed))
+    return made
+
+
+def table_of_steps(found):
     cells = collections.defaultdict(dict)
-    for row in rows.read_rows(ROOM, "gpu.json"):
-        if row["part"] == "step":
-            name = METHODS[row["loss"]]
-            if row["way"] != "eager":
-                name += f", {row['way']}"
-            if row["batch"] != BATCHES[0]:
-                name += f", batch {row['batch']}"
-            speed = f"{row['tokens_per_second']:,.0f}"
-            share = f"{100 * row['utilisation']:.1f} %"
-            cell = f"{speed}, {row['peak_bytes'] / 1e9:.1f}, {share}"
-            cells[name][row["shape"]] = cell
+    for row in found:
+        name = METHODS[row["loss"]]
+        if row["way"] != "eager":
+            name += f", {row['way']}"
+        if "captured" in row["way"] and not row["captured"]:
+            name += " (could not be)"
+        if row["batch"] != BATCHES[0]:
+            name += f", batch {row['batch']}"
+        speed = f"{row['tokens_per_second']:,.0f}"
+        share = f"{100 * row['utilisation']:.1f} %"
+        cells[name][row["shape"]] = f"{speed}, {row['peak_bytes'] / 1e9:.1f}, {share}"
 
     lines = []
     for name in cells:
@@ -266,8 +282,34 @@ def table():
         "the GPU's matrix products is against 989 TFLOP/s. The run was stopped after "
         "these rows."
     )
-
     return Table("A training step on a GPU", text, columns, lines)
+
+
+def table_of_turns(found):
+    """Tokens per second, and as a ratio to nanoGPT's."""
+    names = [name for name in found[0] if name.startswith(("nanoGPT", "plain", "tsld"))]
+    lines = []
+    for row in found:
+        cells = [
+            f"{row[name]:,.0f} ({row[name] / row[names[0]]:.2f})" for name in names
+        ]
+        lines.append([f"{row['shape']}, batch {row['batch']}", *cells])
+    text = "Steps taken in turns, with the ratio to nanoGPT's plain step."
+    return Table("Beside nanoGPT", text, ["tokens/s (ratio)", *names], lines)
+
+
+def table_of_packed(found):
+    lines = []
+    for row in found:
+        name = "decoding, GPT-2 small, tokens/s"
+        unit = "_tokens_per_second"
+        if row["part"] == "product":
+            name = f"one row times {row['out']} x {row['width']}, µs"
+            unit = "_us"
+        numbers = [row[f"{kind}{unit}"] for kind in ("FP32", "bf16", "packed")]
+        lines.append([name, *(f"{number:,.1f}" for number in numbers)])
+    text = "The packed student on the GPU, where its product is PyTorch's."
+    return Table("Packed, on a GPU", text, ["", "FP32", "bf16", "packed"], lines)
 
 
 if __name__ == "__main__":
