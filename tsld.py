@@ -190,7 +190,6 @@ def layer_to_layer_loss(student_trace, teacher_trace):
     into the teacher. L2L was made for encoders. In a decoder it is a poor guide: each
     layer has to copy its teacher's, and nothing says which of its errors reach the
     logits, where they have added up."""
-    # Each hidden state is (B, T, C), each layer's scores are (B, H, T, T).
     student_tensors = [*student_trace.hidden_states, *student_trace.attention_scores]
     teacher_tensors = [*teacher_trace.hidden_states, *teacher_trace.attention_scores]
     if len(student_tensors) != len(teacher_tensors):
@@ -239,11 +238,9 @@ def distillation_loss(name, terms, temperature=10.0, gt_weight=0.0, layers=None)
 
 def _shared_dimensions(granularity):
     """The dimensions that share a scale. Reduced, they leave (1, 1) or (out, 1)."""
-    dimensions = {"tensor": (0, 1), "channel": (1,)}
-    if granularity not in dimensions:
-        names = "'tensor' or 'channel'"
-        raise ValueError(f"granularity must be {names}, not {granularity!r}")
-    return dimensions[granularity]
+    if granularity not in ("tensor", "channel"):
+        raise ValueError(f"granularity is 'tensor' or 'channel', not {granularity!r}")
+    return (0, 1) if granularity == "tensor" else (1,)
 
 
 def ternarize(weight, granularity="tensor"):
@@ -325,11 +322,10 @@ class QuantLinear(nn.Linear):
     @classmethod
     def of(cls, linear, bits=2, granularity="tensor"):
         """A QuantLinear that holds the very parameters of an nn.Linear."""
-        # On the meta device nothing is allocated.
-        sizes = linear.in_features, linear.out_features, linear.bias is not None
-        with torch.device("meta"):
-            layer = cls(*sizes, bits, granularity)
-
+        with torch.device("meta"):  # nothing is allocated
+            layer = cls(
+                linear.in_features, linear.out_features, True, bits, granularity
+            )
         layer.weight = linear.weight
         layer.bias = linear.bias
         return layer.train(linear.training)
@@ -348,8 +344,7 @@ def quantize_model(model, bits=2, granularity="tensor", skip=()):
     As in the paper, embeddings, norms, biases and the output head keep full precision.
     The head is model.lm_head, model.head, or tied to an embedding. So do the modules
     whose names are in `skip`. Returns the model. Raises ValueError, before any change,
-    if there is no such layer, or one computes something else than an nn.Linear: it is
-    of a subclass, or has hooks."""
+    if there is no such layer, or one does more: it is of a subclass, or has hooks."""
     fake_quantize(torch.zeros(1, 1), bits, granularity)  # refuses bad arguments
     modules = dict(model.named_modules(remove_duplicate=False))
 
@@ -359,19 +354,17 @@ def quantize_model(model, bits=2, granularity="tensor", skip=()):
         if name not in modules:
             raise ValueError(f"the model has no module {name!r} to skip")
         exact.update(modules[name].modules())
-    embeddings = {id(m.weight) for m in modules.values() if isinstance(m, nn.Embedding)}
+    embeddings = {m.weight for m in modules.values() if isinstance(m, nn.Embedding)}
 
     layers = {}
     for name, module in modules.items():
-        if not isinstance(module, nn.Linear) or module in exact:
-            continue
-        if id(module.weight) in embeddings:
+        is_linear = isinstance(module, nn.Linear) and module not in exact
+        if not is_linear or module.weight in embeddings:
             continue
 
         if type(module) not in (nn.Linear, QuantLinear):
             raise ValueError(f"{name} is a {type(module).__name__}, not an nn.Linear")
-        forward_hooks = module._forward_hooks or module._forward_pre_hooks
-        if forward_hooks or module._backward_hooks or module._backward_pre_hooks:
+        if any(value for key, value in vars(module).items() if key.endswith("_hooks")):
             raise ValueError(f"{name} has hooks, which a QuantLinear would not have")
         layers[name] = QuantLinear.of(module, bits, granularity)
 
@@ -423,8 +416,7 @@ class GPTConfig:
 
 
 class Attention(nn.Module):
-    """Causal multi-head self-attention: position n sees the positions up to n, and so
-    the quantization errors of early tokens reach every later one."""
+    """Causal multi-head self-attention: position n sees the positions up to n."""
 
     def __init__(self, config):
         super().__init__()
@@ -464,20 +456,6 @@ class Attention(nn.Module):
         return F.dropout(self.c_proj(y), dropout), scores
 
 
-class MLP(nn.Module):
-    """Two linear layers with GELU between them, each token by itself."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.gelu = nn.GELU("tanh")
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, x):  # (B, T, C) -> (B, T, C)
-        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
-
-
 class Block(nn.Module):
     """x + attention(norm(x)), then x + MLP(norm(x)). Arguments are Attention's."""
 
@@ -486,7 +464,13 @@ class Block(nn.Module):
         self.ln_1 = nn.LayerNorm(config.n_embd)
         self.attn = Attention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd)
-        self.mlp = MLP(config)
+
+        # Two linear layers with GELU between them, each token by itself.
+        self.mlp = nn.Sequential()
+        self.mlp.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.mlp.gelu = nn.GELU("tanh")
+        self.mlp.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.mlp.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, cache=None, start=0, trace=False):
         y, scores = self.attn(self.ln_1(x), cache, start, trace)
@@ -654,10 +638,8 @@ def make_optimizer(model, config):
     if not parameters:
         raise ValueError("the model has nothing to train: is it packed?")
 
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
+    decayed = {"params": matrices, "weight_decay": config.weight_decay}
+    groups = [decayed, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
 
 
@@ -666,8 +648,7 @@ def training_loss(student, teacher, ids, targets, config):
     ids, targets: int64 (B, T). The loss "gt" does not look at the teacher."""
     if config.loss == "gt":
         logits = student(ids)
-        terms = per_token_terms(logits, logits, targets)  # for want of a teacher
-        return distillation_loss("gt", terms)
+        return distillation_loss("gt", per_token_terms(logits, logits, targets))
 
     # L2L looks inside both.
     if config.loss == "l2l":
@@ -869,9 +850,8 @@ def ternary_matmul(x, packed, scale, bias=None):
 
     # Additions and subtractions alone.
     for n, row in enumerate(rows):
-        added = torch.where(codes == 1, row, 0).sum(dim=1)  # (out,)
-        subtracted = torch.where(codes == -1, row, 0).sum(dim=1)
-        y[n] = added - subtracted
+        signed = torch.where(codes == 1, row, 0) - torch.where(codes == -1, row, 0)
+        y[n] = signed.sum(dim=1)  # (out,)
 
     # The one multiplication.
     y = y * scale.flatten()
@@ -903,14 +883,11 @@ class PackedLinear(nn.Module):
 def pack_model(model):
     """Replaces every 2-bit QuantLinear by a PackedLinear, in place. 4-bit layers stay.
     Returns the model, in eval mode, with nothing to train."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    layers = {n: m for n, m in modules.items() if isinstance(m, QuantLinear)}
-    layers = {n: m for n, m in layers.items() if m.bits == 2}
-    if not layers:
-        raise ValueError("there is no 2-bit QuantLinear to pack: see quantize_model")
-
     packed = {}  # once for each weight, which two layers may share
-    for name, layer in layers.items():
+    for name, layer in list(model.named_modules(remove_duplicate=False)):
+        if not isinstance(layer, QuantLinear) or layer.bits != 2:
+            continue
+
         if layer.weight not in packed:
             codes, scale = ternarize(layer.weight, layer.granularity)
             packed[layer.weight] = pack_ternary(codes), scale
@@ -919,6 +896,8 @@ def pack_model(model):
         ternary = PackedLinear(layer.in_features, *packed[layer.weight], bias)
         model.set_submodule(name, ternary)
 
+    if not packed:
+        raise ValueError("there is no 2-bit QuantLinear to pack: see quantize_model")
     return model.requires_grad_(False).eval()
 
 
@@ -982,13 +961,11 @@ def load_model(path, into=None):
             # weights_only: no code in the file is run.
             file.seek(0)
             content = torch.load(file, map_location="cpu", weights_only=True)
-            model = fill(content, into)
+            return fill(content, into)
         except Exception as error:  # a foreign file can make torch raise any of them
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             message = f"{path} is no such packed model: {reason:.200}"
             raise CheckpointError(message) from None
-
-    return model.requires_grad_(False).eval().cpu()
 
 
 def fill(content, model):
@@ -1029,4 +1006,4 @@ def fill(content, model):
     model.load_state_dict(tensors, assign=is_new)
     if is_new and torch.equal(model.lm_head.weight, model.wte.weight):
         model.lm_head.weight = model.wte.weight  # one parameter, as it was
-    return model
+    return model.cpu()
