@@ -21,7 +21,7 @@ import torch
 import tsld
 from data import tasks
 from data.lib import files, resumable, transcript
-from data.lib.checkpoints import architecture, key_of, set_aside
+from data.lib.checkpoints import architecture, key_of, numbers_of, set_aside
 from data.lib.checks import check_student, quantized_copy, runs_in
 from data.lib.command import exit_code, make_parser, number
 from data.lib.devices import choose_device, default_dtype
@@ -270,7 +270,7 @@ def train_teacher(setup):
 def teacher_path(setup):
     """The teacher's file, named after everything that makes it, to be found again."""
     source = setup.source
-    start = fingerprint(source.model.state_dict().values())
+    start = fingerprint(numbers_of(source.model))
     text = fingerprint([setup.tokens["train"]])
     made_of = [source.name, architecture(source.model), start]
     made_of += [asdict(setup.teacher), text]
@@ -292,7 +292,7 @@ def frozen_teacher(setup, teacher, scores):
         figures = f"perplexity {rounded:.2f}, in float32 {exact:.2f}"
         print(f"teacher for distillation: {stored} ({figures})", flush=True)
 
-    frozen.fingerprint = fingerprint(teacher.parameters())  # for students' checkpoints
+    frozen.fingerprint = fingerprint(numbers_of(teacher))  # for students' checkpoints
     return spread(frozen, setup.device)
 
 

@@ -7,13 +7,12 @@ one before it, `name.previous.pt`.
 import hashlib
 import json
 import os
-from dataclasses import asdict
 
 from torch.distributed.checkpoint import state_dict as sharded
 
 from data.lib.files import read_checked, refusing, write_checked
 from data.lib.processes import processes
-from tsld import GPT, CheckpointError, config_of
+from tsld import CheckpointError, config_of
 
 # Each tensor as a whole and on the CPU, not the part of it that this process holds.
 WHOLE = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -23,9 +22,12 @@ FOREIGN = "is no checkpoint of this program:"
 
 def architecture(model):
     """All that says which model this is but for its weights."""
-    if isinstance(model, GPT):
-        return asdict(model.config)
-    return [config_of(model), repr(model)]  # its heads show in the first alone
+    return config_of(model) or repr(model)
+
+
+def numbers_of(model):
+    """All tensors that make its outputs. Some stand in no state dict."""
+    return [*model.parameters(), *model.buffers()]
 
 
 def key_of(made_of):
@@ -96,7 +98,7 @@ def load_checkpoint(path, identity, model, optimizer):
     if differing and is_previous:
         return 0, 0.0  # an earlier run's, which was set aside
     for name in differing:
-        values = f"{name} is {found.get(name)}, not {identity.get(name)}"
+        values = difference(name, found.get(name), identity.get(name))
         raise CheckpointError(f"{path} is of another run: {values}; delete it")
 
     with refusing(path, FOREIGN):
@@ -108,6 +110,16 @@ def load_checkpoint(path, identity, model, optimizer):
         else:
             restore(model, optimizer, state["model"], state["optimizer"])
     return step, seconds
+
+
+def difference(name, found, wanted):
+    """The two values in print; of dicts, those of the first name that differ."""
+    if not isinstance(found, dict) or not isinstance(wanted, dict):
+        return f"{name} is {found}, not {wanted}"
+
+    names = found.keys() | wanted.keys()
+    first = min(name for name in names if found.get(name) != wanted.get(name))
+    return difference(first, found.get(first), wanted.get(first))
 
 
 def read_state(path):

@@ -31,15 +31,16 @@ def check_loaded(model, info):
 
     faults = []
     if info["missing_keys"]:
-        faults.append(f"lack {first_of(info['missing_keys'])}")
+        faults.append(f"lack {first_of(sorted(info['missing_keys']))}")
     if unexpected:
-        faults.append(f"have {first_of(unexpected)}, unknown to the model")
+        faults.append(f"have {first_of(sorted(unexpected))}, unknown to the model")
 
     differing = {name: shapes for name, *shapes in info["mismatched_keys"]}
     if differing:
-        in_file, in_model = map(tuple, differing[min(differing)])
+        names = sorted(differing)
+        in_file, in_model = map(tuple, differing[names[0]])
         shapes = f"of shape {in_file}, where the model's is {in_model}"
-        faults.append(f"have {first_of(differing)} {shapes}")
+        faults.append(f"have {first_of(names)} {shapes}")
 
     if faults:
         message = "; ".join(f"they {fault}" for fault in faults)
@@ -56,9 +57,9 @@ def is_computed(name, model):
 
 
 def first_of(names):
-    """The first of some names in print, and how many more there are."""
+    """The first of a list of names in print, and how many more there are."""
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    return f"{min(names)}{more}"
+    return f"{names[0]}{more}"
 
 
 def check_float32(model):
@@ -257,16 +258,19 @@ def exact_matrices(student):
         if isinstance(module, QuantLinear):
             quantized.add(id(module.weight))
 
-    names = []
-    sizes = {"exact": 0, "quantized": 0}
+    exact = {}
+    total = 0
     for name, parameter in student.named_parameters():
-        if id(parameter) in quantized:
-            sizes["quantized"] += parameter.numel()
-        elif parameter.dim() > 1 and id(parameter) not in spared:
-            sizes["exact"] += parameter.numel()
-            names.append(name.removeprefix("inner."))
+        is_exact = id(parameter) not in quantized
+        if is_exact and (parameter.dim() < 2 or id(parameter) in spared):
+            continue
 
-    return names, sizes["exact"] / max(1, sum(sizes.values()))
+        total += parameter.numel()
+        if is_exact:
+            exact[name.removeprefix("inner.")] = parameter.numel()
+
+    names = sorted(exact, key=exact.get, reverse=True)
+    return names, sum(exact.values()) / max(1, total)
 
 
 def check_student(student, setup):

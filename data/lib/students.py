@@ -5,10 +5,12 @@ from pathlib import Path
 import torch
 
 from data.lib import fast, files, hf, int4
+from data.lib.checkpoints import difference
 from data.lib.errors import UserError
 from data.lib.exports import check_target
 from data.lib.transcript import SAMPLING
 from data.texts import load_tokenizer
+from tsld import CheckpointError, config_of
 
 LONGEST = 1024  # tokens of a text, where the model has no shorter limit
 
@@ -37,6 +39,10 @@ def load_weights(path, into=None):
     if into is None and isinstance(config, dict) and "architecture" in config:
         words = f"{path} is a student of a {config['architecture']!s:.80}"
         raise UserError(f"{words}: name its teacher's folder or name with --model")
+    if isinstance(config, dict) and into is not None and config != config_of(into):
+        words = difference("configuration", config, config_of(into))
+        raise CheckpointError(f"{path} is of another model: its {words}")
+
     if is_dict and content.get("format") == int4.FORMAT:
         return int4.load_int4(path, content, into)
     return files.load_packed(path, into)

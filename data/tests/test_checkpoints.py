@@ -59,7 +59,14 @@ def test_without_a_checkpoint_a_training_begins_at_0(tmp_path):
 def test_a_model_is_its_configuration_or_what_it_prints():
     assert checkpoints.architecture(micro_gpt()) == asdict(MICRO)
     other = torch.nn.Linear(3, 4)
-    assert checkpoints.architecture(other) == [None, repr(other)]
+    assert checkpoints.architecture(other) == repr(other)
+
+
+def test_a_difference_of_nested_values_is_that_of_the_first_name():
+    one = {"heads": 2, "settings": {"eps": 1, "theta": 5}}
+    other = {"heads": 2, "settings": {"eps": 1, "theta": 6, "type": "x"}}
+    assert checkpoints.difference("model", one, other) == "theta is 5, not 6"
+    assert checkpoints.difference("model", one, None) == f"model is {one}, not None"
 
 
 def test_models_that_print_alike_differ_by_their_configuration():
@@ -147,6 +154,7 @@ def test_a_process_that_dies_while_saving_leaves_the_last_checkpoint(
         ({"teacher": "abc"}, "teacher is None, not abc"),
         ({"steps": 9, "seed": 7}, "seed is 0, not 7"),  # the first one by name
         ({"added": 1}, "added is None, not 1"),
+        ({"model": asdict(replace(MICRO, n_head=3))}, "n_head is 2, not 3"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused_with_both_values(

@@ -25,6 +25,8 @@ from data.lib import checks, hf
 from data.lib.checkpoints import architecture
 from data.lib.devices import check_memory
 from data.lib.errors import UserError
+from data.lib.files import save_packed
+from data.lib.students import load_weights
 from data.lib.tokenizers import TransformersTokenizer
 from data.tests import helpers
 from data.tests.helpers import MICRO, WORDS, micro_gpt
@@ -470,26 +472,35 @@ def test_a_scale_for_each_channel_is_the_default_of_models_of_transformers(
 # 4. Another model under the same name
 
 
+ROPE = {"rope_theta": 500.0, "rope_type": "default"}
+
+
 @pytest.mark.parametrize(
-    "changes",
+    "changes, words",
     [
-        {"rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}},
-        {"rms_norm_eps": 0.1},
-        {"hidden_act": "gelu"},
-        {"attention_dropout": 0.1},
+        (
+            {"rope_parameters": ROPE},
+            "rope_parameters is None, not {'rope_theta': 500.0",
+        ),
+        ({"rms_norm_eps": 0.1}, "rms_norm_eps is None, not 0.1"),
+        ({"hidden_act": "gelu"}, "hidden_act is None, not gelu"),
+        ({"num_attention_heads": 4}, "n_head is 2, not 4"),
     ],
 )
 def test_a_setting_that_changes_outputs_is_in_the_key_and_in_the_packed_file(
-    changes, tmp_path
+    changes, words, tmp_path
 ):
     model = hf.adapted(build("LlamaForCausalLM"))
     other = hf.adapted(build("LlamaForCausalLM", **changes))
     assert architecture(model) != architecture(other)
 
-    student = tsld.pack_model(tsld.quantize_model(model))
-    tsld.save_model(tmp_path / "packed", student)
+    path = tmp_path / "packed"
+    save_packed(path, tsld.pack_model(tsld.quantize_model(model)))
     with pytest.raises(tsld.CheckpointError):
-        tsld.load_model(tmp_path / "packed", into=other)
+        tsld.load_model(path, into=other)
+    with pytest.raises(tsld.CheckpointError) as refusal:
+        load_weights(path, into=other)
+    assert f"{path} is of another model: its {words}" in str(refusal.value)
 
 
 def test_how_the_files_were_written_is_not_in_the_key(folder):
@@ -501,7 +512,7 @@ def test_how_the_files_were_written_is_not_in_the_key(folder):
 
 def test_a_teacher_is_not_found_again_if_a_buffer_is_another(tmp_path):
     model = micro_gpt()
-    model.register_buffer("shift", torch.zeros(3))
+    model.register_buffer("shift", torch.zeros(3), persistent=False)
     setup = SimpleNamespace(
         args=SimpleNamespace(out=tmp_path),
         source=SimpleNamespace(name="a/b", model=model),

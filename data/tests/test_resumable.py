@@ -283,7 +283,7 @@ def test_a_model_that_was_trained_before_goes_on_too(undisturbed, tmp_path):
         ({"steps": 7}, "steps"),
         ({"loss": "logit"}, "loss"),
         ({"seed": 1}, "seed"),
-        ({"student": a_student(dropout=0.0)}, "model"),
+        ({"student": a_student(dropout=0.0)}, "dropout"),
         ({"student": a_student(bits=4)}, "quantizers"),
         ({"student": a_student(granularity="channel")}, "quantizers"),
         ({"teacher": a_teacher(3)}, "teacher"),

@@ -304,10 +304,12 @@ def test_a_student_of_model_is_refused_without_it_and_with_another(
 
         other = save_llama(tmp_path / "other", num_hidden_layers=2)
         flags = ["--generate", str(path), "--model", str(other), "--device", "cpu"]
-        refused(flags, capsys, f"{path} is no such")
+        words = f"{path} is of another model: its n_layer is "
+        refused(flags, capsys, words)
 
     flags = ["--generate", str(packed), "--model", str(teacher), "--device", "cpu"]
-    refused(flags, capsys, f"{packed} is no such packed model")
+    words = f"{packed} is of another model: its architecture is None, not Llama"
+    refused(flags, capsys, words)
 
 
 def test_a_model_without_a_limit_writes_so_many_tokens(small_vocabulary, capsys):

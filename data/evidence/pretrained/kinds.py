@@ -72,6 +72,7 @@ SIZES = {name: size for size, names in SIZES.items() for name in names.split()}
 # Settings that are not there by default, or that keep a model from being causal.
 OTHERS = {
     "head_dim": 16,
+    "num_key_value_heads": 2,
     "num_experts_per_tok": 2,
     "n_routed_experts": 4,
     "n_shared_experts": 1,
@@ -81,12 +82,19 @@ OTHERS = {
 COMPRESSED = {"head_dim": 8, "num_key_value_heads": 4}
 # What some kinds need beside them.
 OF_KIND = {
-    "cohere_compass_text": {"rope_parameters": {"rope_theta": 1e4}},
+    "cohere_compass_text": {
+        "rope_parameters": {
+            name: {"rope_theta": 1e4, "rope_type": "default"}
+            for name in ("full_attention", "sliding_attention")
+        }
+    },
     "dory": {"n_input_layers": 1, "n_recurrent_layers": 2, "n_output_layers": 1},
     "falcon_mamba": {"time_step_rank": 4},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba": {"time_step_rank": 4},
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "reformer": {"axial_pos_embds": False},
