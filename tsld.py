@@ -93,8 +93,7 @@ def check_ids(ids, vocab_size):
 #
 # A distillation loss never falls to 0. The cross-entropy of student and teacher is
 #     -Σ_i P^T_i log P^S_i  =  KL(P^T ‖ P^S)  +  entropy of P^T
-# and no student changes the teacher's entropy. Its mean over the tokens, weighted by
-# w_n in TSLD, is the floor of the loss.
+# and no student changes the entropy. Its mean, weighted by w_n in TSLD, is the floor.
 
 # Labels; teacher's logits; logits and layers; logits and labels; scaled logits (TSLD).
 LOSSES = ("gt", "logit", "l2l", "logit_gt", "tsld")
@@ -109,9 +108,8 @@ class Terms(NamedTuple):
 
 
 def per_token_terms(student_logits, teacher_logits, targets):
-    """Terms from logits (B, T, V) of any float dtype, and targets, int64 (B, T). No
-    gradient flows into the teacher. A token whose target is -100, as padding has it,
-    counts in no loss."""
+    """Terms from logits (B, T, V) of any float dtype, and targets, int64 (B, T), -100
+    for padding, which counts in no loss. No gradient flows into the teacher."""
     shapes = [tuple(t.shape) for t in (student_logits, teacher_logits, targets)]
     if shapes[0] != shapes[1] or shapes[0][:-1] != shapes[2]:
         raise ValueError(f"student, teacher and targets do not fit: {shapes}")
@@ -187,9 +185,9 @@ def layer_to_layer_loss(student_trace, teacher_trace):
 
     It compares 2 n_layer + 1 pairs of tensors at all T positions, padding too; of the
     scores only the T (T + 1) / 2 that the causal mask lets through. No gradient flows
-    into the teacher. L2L was made for encoders. In a decoder it is a poor guide: each
-    layer has to copy its teacher's, and nothing says which of its errors reach the
-    logits, where they have added up."""
+    into the teacher. In a decoder L2L is a poor guide: each layer has to copy its
+    teacher's, and nothing says which of the errors reach the logits and add up there.
+    """
     student_tensors = [*student_trace.hidden_states, *student_trace.attention_scores]
     teacher_tensors = [*teacher_trace.hidden_states, *teacher_trace.attention_scores]
     if len(student_tensors) != len(teacher_tensors):
@@ -271,9 +269,8 @@ def quantize_int4(weight, granularity="tensor"):
         zero_point = round(-low / scale)
         codes = round(w / scale) + zero_point, clamped to 0 ... 15
 
-    The range includes 0, so a weight of 0 stays exactly 0. Returns codes, uint8
-    (out, in), and scale, float32, and zero_point, int32, shaped as ternarize's scale.
-    """
+    The range includes 0, so a weight of 0 stays exactly 0. Returns codes, uint8, the
+    scale, float32, and zero_point, int32, with the shapes that ternarize has."""
     dims = _shared_dimensions(granularity)
     w = weight.detach().float()
 
@@ -291,9 +288,8 @@ def quantize_int4(weight, granularity="tensor"):
 def fake_quantize(weight, bits=2, granularity="tensor"):
     """ŵ, the weight as the quantized model sees it, (out, in) in the weight's dtype.
 
-    Rounding is a staircase: its gradient is 0 almost everywhere, and no weight would
-    move. So the backward pass leaves it out, ∂L/∂w := ∂L/∂ŵ: the straight-through
-    estimator. bits: 2 (ternary) or 4."""
+    Rounding is a staircase, whose gradient is 0 almost everywhere. So the backward pass
+    leaves it out, ∂L/∂w := ∂L/∂ŵ: the straight-through estimator. bits: 2 or 4."""
     if bits == 2:
         codes, scale = ternarize(weight, granularity)
         quantized = scale * codes
@@ -309,8 +305,7 @@ def fake_quantize(weight, bits=2, granularity="tensor"):
 
 class QuantLinear(nn.Linear):
     """A linear layer under QAT. The optimizer holds its full-precision weight, where
-    steps too small to change a code add up; the forward pass sees the quantized one.
-    Its bias stays in full precision."""
+    steps too small to change a code add up; the forward pass sees the quantized one."""
 
     def __init__(
         self, in_features, out_features, bias=True, bits=2, granularity="tensor"
@@ -486,8 +481,7 @@ class Head(nn.Linear):
 
 
 class GPT(nn.Module):
-    """GPT-2. model(ids) gives logits (B, T, V), model(ids, trace=True) a Trace, for
-    ids, int64 (B, T)."""
+    """model(ids) gives logits (B, T, V), model(ids, trace=True) a Trace. ids: (B, T)."""
 
     def __init__(self, config):
         super().__init__()
@@ -694,8 +688,8 @@ def train(
     tokens: int64 (n,), on the CPU. The loss "gt" needs no teacher.
     optimizer, start: go on after `start` steps, and end as a run without a break does.
     backward: a cheaper way to the same loss and gradient may take its place.
-    Raises TrainingDiverged, before the weights change, if the loss or its gradient is
-    not finite."""
+    Raises TrainingDiverged, before the weights change, if loss or gradient is not
+    finite."""
     block_size = config.block_size
     if block_size is None:
         block_size = student.config.block_size
@@ -753,8 +747,7 @@ def check_training(student, tokens, config, teacher, block_size):
         sizes = f"block_size {block_size} of {len(tokens)} tokens"
         raise ValueError(f"a sequence must be shorter than the text, not {sizes}")
 
-    # Steps too small for a bfloat16 weight would be lost; a shared weight would move
-    # the teacher with its student.
+    # bfloat16 would lose small steps. A shared weight would move the teacher, too.
     of_teacher = set() if teacher is None else set(teacher.parameters())
     for name, parameter in student.named_parameters():
         if parameter.requires_grad and parameter.element_size() < 4:
@@ -769,8 +762,7 @@ def evaluate(model, tokens, block_size):
 
     The text is cut into blocks of block_size tokens that do not overlap. Each token but
     the first is predicted once, from the tokens before it in its block: the first
-    prediction of a block sees one token, the last block_size. tokens: int64 (n,),
-    n ≥ 2. Each module's mode is left as it was."""
+    prediction of a block sees one token, the last block_size. tokens: int64 (n,)."""
     if tokens.dim() != 1 or len(tokens) < 2 or block_size < 1:
         sizes = f"{tuple(tokens.shape)} in blocks of {block_size}"
         raise ValueError(f"a text has 2 tokens or more, not {sizes}")
@@ -915,8 +907,7 @@ def config_of(model):
 
 
 def as_stored(name, tensor):
-    """The tensor in the dtype that a file has it in. Raises ValueError if a value is
-    not finite in it."""
+    """The tensor in a file's dtype. Raises ValueError if it is not finite in that."""
     if tensor.is_floating_point():
         is_matrix = tensor.dim() > 1 and not name.endswith(".scale")
         tensor = tensor.half() if is_matrix else tensor.float()
