@@ -481,7 +481,7 @@ class Head(nn.Linear):
 
 
 class GPT(nn.Module):
-    """model(ids) gives logits (B, T, V), model(ids, trace=True) a Trace. ids: (B, T)."""
+    """model(ids) is logits (B, T, V), model(ids, trace=True) a Trace. ids: (B, T)."""
 
     def __init__(self, config):
         super().__init__()
