@@ -16,6 +16,7 @@ import json
 import math
 import os
 import socket
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -391,51 +392,70 @@ def export(student, tokenizer, folder, dtype=torch.float32):
         if isinstance(student, GPT):
             save_gpt2(student, new, dtype, getattr(tokenizer, "end_of_text", None))
         else:
-            save_causal(student, new, dtype)
-        save_tokenizer(tokenizer, new)
+            with saving(student.config.architecture):
+                save_causal(student, new, dtype)
+
+        with saving("the tokenizer"):
+            save_tokenizer(tokenizer, new)
+
+
+@contextmanager
+def saving(what):
+    """Makes a ValueError of one line of any error inside but the disk's and that of too
+    little memory: no two classes of transformers are saved alike."""
+    try:
+        yield
+    except Exception as error:
+        if is_of_disk(error) or is_out_of_memory(error):
+            raise
+        reason = str(error).strip() or type(error).__name__
+        message = f"{what} cannot be exported: {reason.splitlines()[0]}"
+        raise ValueError(message) from None
 
 
 def save_causal(student, folder, dtype):
     """Writes a CausalModel as transformers does, and opens it again. Raises ValueError
     if that does not give the same weights."""
-    architecture = student.config.architecture
-    try:
-        model = unpacked(student)
-        for name, tensor in model.state_dict().items():
-            if tensor.is_floating_point():
-                in_dtype(name, tensor, dtype)
+    model = unpacked(student)
+    check_computes_as(student, model)
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point():
+            in_dtype(name, tensor, dtype)
 
-        # transformers refuses settings that contradict each other, as some published
-        # ones do. They are the model's own, and are written as they are.
-        settings = getattr(model, "generation_config", None)
-        if settings is not None:
-            model.generation_config = type(settings)()
-        model.to(dtype).save_pretrained(folder)
-        if settings is not None:
-            settings.to_json_file(Path(folder) / "generation_config.json")
+    # transformers refuses settings that contradict each other, as some published ones
+    # do. They are the model's own, and are written as they are.
+    settings = getattr(model, "generation_config", None)
+    if settings is not None:
+        model.generation_config = type(settings)()
+    model.to(dtype).save_pretrained(folder)
+    if settings is not None:
+        settings.to_json_file(Path(folder) / "generation_config.json")
 
-        check_opened_again(model, folder)
-    except Exception as error:  # of any type: no two of its classes are saved alike
-        if is_of_disk(error) or is_out_of_memory(error):
-            raise
-        reason = str(error).strip() or type(error).__name__
-        words = f"{architecture} cannot be exported: {reason.splitlines()[0]}"
-        raise ValueError(words) from None
+    check_opened_again(model, folder)
 
 
 def check_opened_again(model, folder):
     """Raises ValueError if the folder holds other weights than the model of
     transformers that was saved there."""
-    from transformers import AutoModelForCausalLM
-
     options = {"local_files_only": True, "trust_remote_code": False}
-    again = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+    again = load_inner(folder, False, options)
 
     saved, found = model.state_dict(), again.state_dict()
     for name in saved.keys() | found.keys():
         is_there = name in saved and name in found
         if not is_there or not torch.equal(saved[name].float(), found[name].float()):
             raise ValueError(f"opened again, it has another {name}")
+
+
+@torch.no_grad()
+def check_computes_as(student, model):
+    """Raises ValueError if the unpacked model computes other logits than its student:
+    not all that a module does need be in its configuration and its weights."""
+    ids = checks.random_ids(student)
+    expected = student(ids).cpu()
+    found = model(ids.cpu()).logits
+    if (found - expected).abs().max() > 0.01 * expected.abs().max():
+        raise ValueError("unpacked, it computes something else")
 
 
 def unpacked(student):

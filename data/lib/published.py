@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from data.lib.errors import UserError
-from data.lib.files import load_tensors, refusing
+from data.lib.files import load_tensors, refusing, replacing
 from data.texts import DATA, fetch
 from tsld import GPT, CheckpointError, GPTConfig
 
@@ -203,7 +203,9 @@ def write_weights(tensors, folder):
     others = [file.name for file in folder.glob("*.safetensors*")]
     if others:
         raise ValueError(f"{folder} holds {others[0]}, which would be read instead")
-    torch.save(tensors, folder / "pytorch_model.bin")
+    path = folder / "pytorch_model.bin"
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        torch.save(tensors, file)
 
 
 def write_json(path, content):

@@ -80,7 +80,7 @@ class TransformersTokenizer:
         return ids
 
     def decode(self, ids):
-        """The text of some ids. It grows as they do: no blank before a later sign goes."""
+        """The text of some ids, which grows as they do: blanks before signs stay."""
         return self.wrapped.decode(ids, clean_up_tokenization_spaces=False)
 
     def size_before(self, text, ids, count):

@@ -4,6 +4,7 @@ other programs read in it what the student is."""
 import json
 import os
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -423,6 +424,21 @@ def test_what_transformers_cannot_save_or_opens_as_another_is_refused(
         assert not (tmp_path / "new").exists()
 
     monkeypatch.setattr(llama, "save_pretrained", save)
+    with monkeypatch.context() as patch:
+        # tokenizers says so of a full disk, with an error of no type of its own.
+        fails = mock.Mock(
+            side_effect=Exception("No space left on device (os error 28)")
+        )
+        patch.setattr(type(tokenizer.wrapped), "save_pretrained", fails)
+        with pytest.raises(ValueError, match="the tokenizer cannot be exported: No sp"):
+            hf.export(student, tokenizer, tmp_path / "new")
+    with monkeypatch.context() as patch:
+        patch.setattr(hf, "dequantized_state", lambda inner: other)
+        other = llama(student.inner.config).state_dict()
+        with pytest.raises(ValueError, match="unpacked, it computes something else"):
+            hf.export(student, tokenizer, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
     hf.export(student, tokenizer, tmp_path / "new")
     assert hf.load_model(tmp_path / "new")[1].encode_ordinary(WORDS)
 
