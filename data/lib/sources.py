@@ -82,6 +82,8 @@ def from_preset(name, preset, init=None, block_size=None, seed=0):
     if init == "pretrained" and not has_weights:
         names = ", ".join(PUBLISHED)
         raise UserError(f"--init pretrained: only {names} have published weights")
+    if size > 2**40:  # beyond any memory, and soon beyond the sizes that torch knows
+        raise UserError(f"--block-size {size} is too large for any memory")
     if init == "pretrained" and size > GPTConfig.block_size:
         longest = GPTConfig.block_size
         raise UserError(f"--block-size {size}: {name} takes {longest} tokens at most")

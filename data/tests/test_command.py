@@ -410,8 +410,15 @@ def test_a_batch_that_no_memory_holds_is_refused_before_the_teacher(
     assert "teacher:" not in refused([*batch, *tiny], capsys, words)
 
 
+def test_a_block_beyond_all_memory_is_refused(tiny, capsys):
+    model = ["--model", "gpt2-xl", "--init", "scratch"]  # whose size in bytes overflows
+    for flags in ([], model):
+        words = "--block-size 9007199254740991 is too large for any memory"
+        refused(["--block-size", str(2**53 - 1), *flags, *tiny], capsys, words)
+
+
 def test_too_little_memory_is_one_line(tiny, capsys):
-    refused(["--block-size", str(10**15), *tiny], capsys, OUT_OF_MEMORY)
+    refused(["--block-size", str(10**12), *tiny], capsys, OUT_OF_MEMORY)
 
 
 def test_a_model_that_cannot_be_had_is_refused(tiny, capsys):

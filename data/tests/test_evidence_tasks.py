@@ -56,6 +56,23 @@ def test_the_documented_command_of_sst2_makes_the_rows_that_are_there(
         assert sum(setting.items() <= row.items() for setting in wanted) == 1
 
 
+@pytest.mark.parametrize("task", accuracy.CHANCE)
+def test_the_tables_of_the_repository_say_what_chance_scores(task):
+    page = (accuracy.ROOM / "tables.md").read_text()
+    tables = [table for table in page.split("\n## ") if table.startswith(f"{task},")]
+    assert tables
+    for table in tables:
+        text = " ".join(table.split())
+        for name, score in accuracy.CHANCE[task].items():
+            assert f"Accuracy of {name}: {score:.4f}." in text
+
+    files = [line.split()[-1] for line in tasks.FILES.strip().splitlines()]
+    files = [tasks.DOWNLOADS / name for name in files if name.startswith(f"{task}/")]
+    if all(file.exists() for file in files):
+        _, examples = tasks.load_task(task)
+        assert tasks.chance(examples) == pytest.approx(accuracy.CHANCE[task], abs=5e-5)
+
+
 def test_the_task_tables_average_seeds_and_go_on_where_they_stopped(
     task, capsys, tmp_path, monkeypatch
 ):

@@ -190,6 +190,14 @@ PAPER = {
 }
 
 
+# What tasks.chance says of the examples: the accuracy that takes no model.
+CHANCE = {
+    "cola": {"a guess": 0.5, "always 'yes'": 0.6913},
+    "openbookqa": {"a guess": 0.25},
+    "sst2": {"a guess": 0.5, "always 'positive'": 0.5092},
+}
+
+
 def page(found):
     """tables.md: a table for each teacher and setting, its seeds averaged."""
     groups = collections.defaultdict(list)
@@ -250,6 +258,8 @@ def table_of_students(found):
         )
     else:
         text += "The perplexity is that of the right answers' tokens."
+        for name, accuracy in CHANCE.get(first["task"], {}).items():
+            text += f" Accuracy of {name}: {accuracy:.4f}."
 
     title = f"{first['task']}, {first['model']}, a scale per {first['granularity']}"
     return Table(title, text, columns, lines)
