@@ -114,12 +114,18 @@ def load_task(name):
     Raises UserError if a file cannot be had or is not as published."""
     train = []
     test = []
+    rows = [row.split() for row in FILES.strip().splitlines()]
+    rows = [row for row in rows if row[2].startswith(f"{name}/")]
 
-    for row in FILES.strip().splitlines():
-        sha256, count, file = row.split()
-        if file.startswith(f"{name}/"):
-            part = train if "train" in file else test
+    for sha256, count, file in rows:
+        part = train if "train" in file else test
+        try:
             part += read(file, None if sha256 == "-" else sha256, int(count))
+        except UserError as error:
+            if name in ARCHIVES or (DOWNLOADS / file).exists():
+                raise
+            files = ", ".join(file.split("/")[1] for _, _, file in rows)
+            raise UserError(f"{error}; it takes {files} there") from error
 
     if name == "piqa":
         return join_labels(train), join_labels(test)

@@ -238,7 +238,9 @@ def download(urls, path, sha256):
 
     # Files of one host mostly fail for one reason, which is said once.
     causes = "; ".join(dict.fromkeys(problems))
-    remedy = f"go online once, or copy it into {path.parent}"
+    there = urllib.parse.urlsplit(urls[0]).path.split("/")[-1] if urls else path.name
+    what = "it" if there == path.name else f"{there} as {path.name}"
+    remedy = f"go online once, or copy {what} into {path.parent}"
     raise UserError(f"{path.name} cannot be downloaded ({causes}): {remedy}")
 
 

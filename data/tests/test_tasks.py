@@ -248,6 +248,20 @@ def test_a_file_is_downloaded_from_its_tasks_folder(put_files, monkeypatch, tmp_
     assert tasks.load_task("rte") == TASKS["rte"][1:]  # it is kept
 
 
+def test_a_task_that_cannot_be_downloaded_names_all_its_files(
+    no_network, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(tasks, "DOWNLOADS", tmp_path)
+    files = "in_domain_train.tsv, in_domain_dev.tsv, out_of_domain_dev.tsv"
+    message = f"or copy it into {tmp_path / 'cola'}; it takes {files} there$"
+    with pytest.raises(UserError, match=message):
+        tasks.load_task("cola")
+
+    message = f"ARC-V1-Feb2018.zip cannot be .* or copy it into {tmp_path}$"
+    with pytest.raises(UserError, match=message):
+        tasks.load_task("arc_easy")
+
+
 def test_a_file_is_taken_out_of_its_tasks_archive(put_files, monkeypatch, tmp_path):
     folder = put_files("arc_easy")
     with zipfile.ZipFile(tmp_path / "published.zip", "w") as archive:

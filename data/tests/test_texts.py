@@ -251,6 +251,11 @@ def test_a_failed_download_names_each_host_and_each_cause_once(tmp_path, no_netw
     with pytest.raises(UserError, match=message):
         texts.fetch(urls, tmp_path / "a", None)
 
+    # A file that has another name there.
+    remedy = f"or copy a as b into {tmp_path}$"
+    with pytest.raises(UserError, match=remedy):
+        texts.fetch(urls, tmp_path / "b", None)
+
 
 def test_a_host_has_ten_seconds_to_answer_and_others_as_long_as_before(
     tmp_path, monkeypatch
