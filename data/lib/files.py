@@ -100,8 +100,9 @@ def read_checked(path):
 
 
 def load_tensors(path):
-    """What torch.save wrote, on the CPU. Raises CheckpointError if the file is damaged
-    or compressed, which torch.save does not do, or could run code, which is not run."""
+    """What torch.save wrote, on the CPU. Raises CheckpointError if the file is damaged,
+    is compressed or claims to hold more than it does, or could run code, which is not
+    run."""
     with open(path, "rb") as file:
         try:
             if zipfile.is_zipfile(file):

@@ -105,14 +105,17 @@ def fill(content, model):
     if config != tsld.config_of(model):
         raise ValueError(f"its configuration is not {tsld.config_of(model)}")
 
-    # Of each layer the numbers that its codes stand for.
+    # Of each layer the numbers that its codes stand for, and all else as it is.
     state = dict(tensors)
-    for name in [key.removesuffix(".codes") for key in tensors if key[-6:] == ".codes"]:
+    names = [key.removesuffix(".codes") for key in tensors if key.endswith(".codes")]
+    for name in names:
         parts = [state.pop(f"{name}.{part}") for part in PARTS]
         state[f"{name}.weight"] = dequantized(name, model.get_submodule(name), *parts)
+    for name, tensor in state.items():
+        if tensor.is_floating_point():
+            state[name] = tensor.float()
 
     # Strict: names and shapes have to be the model's.
-    state = {n: t.float() if t.is_floating_point() else t for n, t in state.items()}
     model.load_state_dict(state, assign=is_new)
     if is_new:
         if not torch.equal(model.lm_head.weight, model.wte.weight):

@@ -101,8 +101,7 @@ def export(words, presets, model=None, load_source=None):
     # Before anything is loaded.
     file, folder = words[:2]
     check_target(folder)
-    is_model = model and Path(model).exists() and Path(folder).exists()
-    if is_model and Path(folder).samefile(model):
+    if model and is_same_folder(folder, model):
         raise UserError(f"--export: {folder} is --model's own: name a new folder")
 
     source = load_source() if model else None
@@ -113,3 +112,8 @@ def export(words, presets, model=None, load_source=None):
     except ValueError as error:
         raise UserError(f"--export: {error}") from None
     print(f"{folder}: {file}, its weights in {dtype}")
+
+
+def is_same_folder(one, other):
+    one, other = Path(one), Path(other)
+    return one.exists() and other.exists() and one.samefile(other)

@@ -1,6 +1,7 @@
 """data/lib/files.py: files that are whole or not there, and that notice any change; and
 data/lib/errors.py."""
 
+import copy
 import errno
 import hashlib
 import json
@@ -121,11 +122,21 @@ def test_foreign_content_under_a_right_checksum_is_refused(tmp_path):
         for name, content in entries.items():
             archive.writestr(name, content)
 
+    # Two entries that are the same bytes.
+    overlapping = tmp_path / "overlapping"
+    with zipfile.ZipFile(overlapping, "w") as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+        entry = copy.copy(max(archive.filelist, key=lambda e: e.file_size))
+        entry.filename += "0"
+        archive.filelist += 9 * [entry]
+
     for content in (
         b"hello",
         b"PK" * 99,
         path.read_bytes()[:-200],
         compressed.read_bytes(),
+        overlapping.read_bytes(),
     ):
         write_with_checksum(path, content)
         for read in (files.read_checked, files.load_tensors):

@@ -174,8 +174,9 @@ def test_an_export_is_there_as_a_whole_or_not_at_all(
         assert [file.read_text() for file in folder.iterdir()] == ["an earlier one"]
         (folder / "pytorch_model.bin").unlink()
 
+    monkeypatch.chdir(folder)
     for words in ([], ["float16"]):
-        run(["--export", str(packed), str(folder), *words], capsys)
+        run(["--export", str(packed), ".", *words], capsys)
     weights = read_weights(weights_in(folder))
     assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
 
