@@ -469,10 +469,10 @@ FLAGS = {
     ],
     "instead of training": [
         ("generate", None, {"metavar": "FILE"},
-         "write text with a packed student, and its --model if that made it"),
+         "write text with a packed student, given --model too if its run had it"),
         ("prompt", "the", {}, "what the text begins with"),
         ("export", None, {"metavar": ("FILE", "FOLDER"), "nargs": "+"},
-         "write it as transformers opens it; a third word, float16, halves the files"),
+         "write a student for transformers; a third word, float16, halves the files"),
     ],
 }  # fmt: skip
 ALL = {name: default for flags in FLAGS.values() for name, default, _, _ in flags}
