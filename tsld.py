@@ -490,9 +490,8 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(config.block_size, config.n_embd)  # positions
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
-        # The output head is tied to the token embedding.
         self.lm_head = Head(config.n_embd, config.vocab_size, bias=False)
-        self.lm_head.weight = self.wte.weight
+        self.lm_head.weight = self.wte.weight  # tied
 
         # Initial weights, as GPT-2's.
         for name, parameter in self.named_parameters():
@@ -842,8 +841,9 @@ def ternary_matmul(x, packed, scale, bias=None):
 
     # Additions and subtractions alone.
     for n, row in enumerate(rows):
-        signed = torch.where(codes == 1, row, 0) - torch.where(codes == -1, row, 0)
-        y[n] = signed.sum(dim=1)  # (out,)
+        added = torch.where(codes == 1, row, 0).sum(dim=1)  # (out,)
+        subtracted = torch.where(codes == -1, row, 0).sum(dim=1)
+        y[n] = added - subtracted
 
     # The one multiplication.
     y = y * scale.flatten()
