@@ -76,6 +76,10 @@ def print_table(rows, task=None, examples=None):
 
     for name, accuracy in tasks.chance(examples or []).items():
         print(f"{name:26}{'':24}{accuracy:12.4f}")
+    if not won_back(teacher, rounded, teacher):
+        print(
+            "Rounding cost less than 1 % of the teacher's bits: too little to win back."
+        )
 
 
 def won_back(teacher, rounded, student):
