@@ -184,54 +184,6 @@ def is_hidden_times_weight(model, weight, factor):
 
 
 # --------------------------------------------------------------------------------------
-# Layers that are read
-
-
-class Watched(nn.Module):
-    """A linear layer that notes whether anything else is done with it than to call it.
-    A packed layer has no weight to be read, and a quantized one does not quantize what
-    is read."""
-
-    def __init__(self, layer):
-        super().__init__()
-        self.watched = [layer]  # no submodule of this one
-        self.is_read = False
-
-    def forward(self, x):
-        return self.watched[0](x)
-
-    def __getattr__(self, name):
-        if name not in ("bias", "in_features"):
-            self.is_read = True
-        return getattr(self.watched[0], name)
-
-
-@torch.no_grad()
-def layers_that_are_read(model):
-    """The nn.Linear layers, name to layer, of which a forward pass reads more than
-    their bias: it multiplies by the weight itself, or asks for its type."""
-    layers = {}
-    for name, module in [*model.named_modules(remove_duplicate=False)]:
-        if type(module) is nn.Linear and module is not model.lm_head:
-            layers[name] = module
-    watched = {layer: Watched(layer) for layer in layers.values()}
-
-    was_training = model.training
-    for name, layer in layers.items():
-        model.set_submodule(name, watched[layer])
-    try:
-        for training in (True, False):  # there may be a faster way in one of them
-            model.train(training)
-            model(random_ids(model))
-    finally:
-        for name, layer in layers.items():
-            model.set_submodule(name, layer)
-        model.train(was_training)
-
-    return {name: layer for name, layer in layers.items() if watched[layer].is_read}
-
-
-# --------------------------------------------------------------------------------------
 # What quantization leaves out
 
 

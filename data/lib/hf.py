@@ -27,77 +27,11 @@ import tsld
 from data.lib import checks
 from data.lib.errors import UserError, is_out_of_memory
 from data.lib.exports import export_folder, is_of_disk
+from data.lib.linear import is_conv1d, keep_exact, layers_that_are_read, linear_layers
 from data.lib.published import dequantized_state, in_dtype, save_gpt2
 from data.lib.published import load_gpt2 as load_gpt2
 from data.lib.tokenizers import TransformersTokenizer, save_tokenizer
 from tsld import GPT
-
-# --------------------------------------------------------------------------------------
-# Linear layers that are no nn.Linear
-
-
-def linear_layers(model):
-    """Replaces transformers' own classes of linear layers, Conv1D and FalconLinear, by
-    nn.Linear, in place, and returns the model. tsld.quantize_model finds them then.
-
-    A Conv1D's weight, (in, out), becomes a transposed copy. All other parameters stay
-    the same ones, and a layer that is used twice stays one layer.
-    """
-    replaced = {}
-    for name, layer in [*model.named_modules(remove_duplicate=False)]:
-        if not is_conv1d(layer) and type(layer).__name__ != "FalconLinear":
-            continue
-
-        # The second name of a layer gets what the first one got.
-        if layer not in replaced:
-            replaced[layer] = as_linear(layer)
-        model.set_submodule(name, replaced[layer])
-
-    return model
-
-
-def is_conv1d(layer):
-    """Whether it is transformers' Conv1D: PyTorch's has no nx and nf, its two sizes."""
-    return type(layer).__name__ == "Conv1D" and {"nx", "nf"} <= vars(layer).keys()
-
-
-def as_linear(layer):
-    """The nn.Linear that computes what a Conv1D or a FalconLinear does."""
-    weight = layer.weight
-    if is_conv1d(layer):
-        transposed = weight.detach().t().clone(memory_format=torch.contiguous_format)
-        weight = nn.Parameter(transposed, weight.requires_grad)
-
-    out_features, in_features = weight.shape
-    with torch.device("meta"):  # allocates no parameters that are replaced below
-        linear = nn.Linear(in_features, out_features, layer.bias is not None)
-
-    linear.weight = weight
-    linear.bias = layer.bias
-    return linear.train(layer.training)
-
-
-class ExactLinear(nn.Module):
-    """A linear layer that tsld.quantize_model does not see."""
-
-    def __init__(self, linear):
-        super().__init__()
-        self.in_features = linear.in_features
-        self.out_features = linear.out_features
-        self.weight = linear.weight
-        self.bias = linear.bias
-
-    def forward(self, x):
-        return nn.functional.linear(x, self.weight, self.bias)
-
-
-def keep_exact(model, layers):
-    """Replaces nn.Linear layers by ones that stay in full precision, with the same
-    parameters, in place. layers: name to layer."""
-    exact = {layer: ExactLinear(layer) for layer in layers.values()}
-    for name, layer in layers.items():
-        model.set_submodule(name, exact[layer])
-
 
 # --------------------------------------------------------------------------------------
 # Models in
@@ -268,10 +202,15 @@ class LinearHeadModel(CausalModel):
 def adapted(inner):
     """A model of transformers as a CausalModel, in eval mode, of which it becomes a
     part; a LinearHeadModel where it can be one. Layers that it does not simply call
-    stay in full precision. Raises ValueError if it is no causal language model."""
+    stay in full precision. Raises ValueError if it is no causal language model, or has
+    no head that is known."""
+    if inner.get_output_embeddings() is None:
+        words = "does not say which layer makes its logits, to be spared"
+        raise ValueError(f"{type(inner).__name__} {words}")
+
     model = LinearHeadModel(inner).eval()
     checks.check_causal(model)
-    keep_exact(model, checks.layers_that_are_read(model))
+    keep_exact(model, layers_that_are_read(model))
     if not checks.logits_are_hidden_times_head(model):
         model = CausalModel(inner).eval()
 

@@ -60,19 +60,19 @@ def print_table(rows, task=None, examples=None):
     for part, units in scores_of_teacher.items():
         above += f"{names.get(part, part):>{12 * len(units)}}"
         below += "".join(f"{NAMES.get(unit, unit):>12}" for unit in units)
-    print(f"\n{above}\n{below}{'won back':>10}{'bytes':>13}")
+    print(f"\n{above}\n{below}{'won back':>10}{'bytes':>18}")
 
     part = next(iter(scores_of_teacher))
     teacher, rounded = (scores[part]["bpb"] for _, scores, _ in rows[:2])
     for number, (name, scores, size) in enumerate(rows):
-        line = f"{name:26}"
+        line = f"{name:25} "
         for units in scores.values():
             line += "".join(cell(unit, value) for unit, value in units.items())
 
         won = ""
         if number > 1:
             won = won_back(teacher, rounded, scores[part]["bpb"])
-        print(f"{line}{won:>10}{size:>13,}")
+        print(f"{line}{won:>10}{size:>18,}")
 
     for name, accuracy in tasks.chance(examples or []).items():
         print(f"{name:26}{'':24}{accuracy:12.4f}")

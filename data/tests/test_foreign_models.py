@@ -21,7 +21,7 @@ from torch import nn
 
 import train_small
 import tsld
-from data.lib import checks, hf
+from data.lib import checks, hf, linear
 from data.lib.checkpoints import architecture
 from data.lib.devices import check_memory
 from data.lib.errors import UserError
@@ -377,17 +377,17 @@ def test_a_model_that_does_not_take_its_block_is_refused():
 def test_layers_that_are_read_and_not_called_are_found_and_stay_in_full_precision():
     model = Small()
     before = [*model.modules()]
-    assert checks.layers_that_are_read(model) == {}
+    assert linear.layers_that_are_read(model) == {}
 
     model.inner.block.is_read = True
     ids = checks.random_ids(model)
     expected = model(ids)
-    layers = checks.layers_that_are_read(model)
+    layers = linear.layers_that_are_read(model)
     assert layers == {"inner.block.linear": model.inner.block.linear}
     assert [*model.modules()] == before
 
-    hf.keep_exact(model, layers)
-    assert type(model.inner.block.linear) is hf.ExactLinear
+    linear.keep_exact(model, layers)
+    assert type(model.inner.block.linear) is linear.ExactLinear
     assert torch.equal(model(ids), expected)
     assert [*model.state_dict()] == [*Small().state_dict()]
     with pytest.raises(ValueError, match="no nn.Linear"):

@@ -670,10 +670,6 @@ def of_another_width(inner):
     inner.logits = lambda ids: inner.out(body.gpt.hidden(ids))
 
 
-def without_a_head(inner):
-    inner.get_output_embeddings = lambda: None
-
-
 def capped_far_above_its_logits(inner):
     inner.out.register_forward_hook(lambda *step: 5e3 * torch.tanh(step[-1] / 5e3))
 
@@ -696,7 +692,6 @@ def with_dropout_before_the_head(inner):
         scaled,
         scaled_where_a_padding_token_has_no_hidden,
         of_another_width,
-        without_a_head,
         capped_far_above_its_logits,
         with_a_bias_elsewhere,
         with_dropout_before_the_head,
@@ -709,6 +704,14 @@ def test_logits_that_are_more_than_hidden_times_head_have_no_hidden(change):
     assert not hasattr(model, "hidden")
     assert model(micro_ids()).shape == (2, 8, 17)
     assert not model.training
+
+
+def test_a_model_that_names_no_head_is_refused():
+    inner = StandIn()
+    inner.get_output_embeddings = lambda: None
+    words = "StandIn does not say which layer makes its logits"
+    with pytest.raises(ValueError, match=words):
+        hf.adapted(inner)
 
 
 def test_an_unpacked_student_is_a_model_of_its_class_with_its_settings():

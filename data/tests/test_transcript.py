@@ -110,6 +110,18 @@ def test_the_table_has_every_score_and_the_share_that_each_student_wins_back(cap
     assert [line[:end].split()[-1] for line in lines] == [line[1] for line in words]
 
 
+def test_columns_of_the_largest_numbers_stay_apart(capsys):
+    scores = {"valid": {"ppl": 1e300, "bpb": 996.5784}}
+    scores |= {"test": {"ppl": 999_999.99, "bpb": 19.9316}}
+    name = "tsld (τ = 0.333333) + 0.333333 gt"
+    rows = [("teacher", both(55.0, 2.0), 10**12), ("rounded", scores, 10**12)]
+    transcript.print_table([*rows, (name, scores, 10**12)])
+    line = capsys.readouterr().out.splitlines()[-1]
+    numbers = ["1e+300", "996.5784", "999,999.99", "19.9316"]
+    assert line.removeprefix(name).split()[:4] == numbers
+    assert line.split()[-1] == "1,000,000,000,000"
+
+
 @pytest.mark.parametrize("cost", [0.0, 1e-9, -0.1, 0.0199])
 def test_where_rounding_costs_next_to_nothing_nothing_is_won_back(cost, capsys):
     rows = [("teacher", both(55.0, 2.0), 1), ("rounded", both(55.0, 2.0 + cost), 1)]

@@ -10,6 +10,7 @@ exported has to compute what the packed student does. Without words it writes ki
 beside this file; with some it only shows what becomes of these."""
 
 import contextlib
+import importlib.util
 import io
 import sys
 import tempfile
@@ -110,7 +111,8 @@ def small(kind):
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     of_class = CONFIG_MAPPING[kind]
-    values = small_values(of_class().to_dict()) | OF_KIND.get(kind, {})
+    values = {"pad_token_id": None} | small_values(of_class().to_dict())
+    values |= OF_KIND.get(kind, {})
     config = of_class(**values)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -262,7 +264,7 @@ def main(argv):
     )
     parser.add_argument("kinds", nargs="*", help="these alone, and writes no page")
     asked_for = parser.parse_args(argv).kinds
-    if not hf.importlib.util.find_spec("transformers"):
+    if not importlib.util.find_spec("transformers"):
         raise UserError("it takes the package transformers")
 
     from transformers.models.auto import modeling_auto
