@@ -1,31 +1,60 @@
-/* What generating a token consists of, for fast.py: a row of activations x times a
-   matrix, ternary (ternary_product) or of float16 (half_product), and the attention of
-   that one token. Each number of a matrix, or of the cache, is used once, so that the
-   time goes into reading it from memory.
+/* Generating a token in C, for fast.py: a ternary layer for one row of activations
+   (ternary_layer), and the step of one token through a whole GPT (token_step).
 
-   No instruction is named here. GCC's vector types stand for the processor's registers:
-
-       floats a, b;                  W floats side by side, in one register
-       a + b                         W sums, in one instruction
-       __builtin_shuffle(a, index)   W look-ups, in one instruction: element e of the
-                                     result is a[index[e] % W]
-
-   "#pragma omp parallel" shares a loop out to the threads, and "#pragma omp simd" lets
-   the compiler add a sum up in several registers. A compiler that has none of these
-   fails, and PyTorch does the work. */
+   A register holds W numbers, and the vector types of GCC and clang stand for one: if a
+   and b are `floats`, a + b is W sums in one instruction. "omp parallel" starts
+   threads; "omp for" in it gives each a part of a loop and goes on when all are done;
+   "omp single" leaves something to one of them. */
 
 #include <math.h>
 
-/* W depends on the processor: 16 floats in a register of 512 bits (AVX-512), 8 in one
-   of 256 (AVX2), 4 in one of 128. The compiler knows it as the largest alignment in
-   bytes that any type needs. */
-enum { W = __BIGGEST_ALIGNMENT__ > 32 ? 16 : __BIGGEST_ALIGNMENT__ > 16 ? 8 : 4 };
+/* ---- What differs between processors: read_table fills a register with a table (or
+   its repetitions), select(t, i) looks W numbers up, t[the lowest bits of i[e]], and
+   widen makes W float16 numbers floats. */
 
+#define read_table(from) *(from)
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#define W 16
+#define select(t, i) _mm512_permutexvar_ps((__m512i)(i), (__m512)(t))
+#define widen(from) _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(from)))
+
+#elif defined(__AVX2__) && defined(__F16C__)
+#include <immintrin.h>
+#define W 8
+#undef read_table
+#define read_table(from) _mm256_broadcast_ps((const __m128 *)(from))
+#define select(t, i) _mm256_permutevar_ps((__m256)(t), (__m256i)(i))
+#define widen(from) _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(from)))
+
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#define W 4
+/* Arm looks bytes up. Number i of a table is its bytes 4 i to 4 i + 3. */
+#define bytes_of(i) (uint8x16_t)(((i) & 3) * 0x04040404 + 0x03020100)
+#define select(t, i) vqtbl1q_u8((uint8x16_t)(t), bytes_of(i))
+#define widen(from) vcvt_f32_f16(vld1_f16((const __fp16 *)(from)))
+
+#else /* plain C */
+#define W 4
+#define select(t, i) {t[i[0] & 3], t[i[1] & 3], t[i[2] & 3], t[i[3] & 3]}
+#define widen(h) {number((h)[0]), number((h)[1]), number((h)[2]), number((h)[3])}
+/* A float16 has a sign, 5 bits of exponent and 10 of fraction; a float 1, 8 and 23. 13
+   bits further up they stand where a float has them, as the sign does already. The
+   exponents count from -15 and -127, hence 2^112. Infinity and NaN do not occur. */
+static float number(short half)
+{
+    union { unsigned bits; float value; } moved = {(unsigned)half << 13 & 0x8fffe000};
+    return moved.value * 0x1p112f;
+}
+#endif
+
+#define CODES (W == 16 ? 2 : 1) /* that one table serves, as explained below */
 typedef float floats __attribute__((vector_size(4 * W)));
-typedef unsigned words __attribute__((vector_size(4 * W), aligned(1))); /* anywhere */
+typedef unsigned words __attribute__((vector_size(4 * W), aligned(1)));
+typedef float table __attribute__((vector_size(4 << 2 * CODES))); /* 16, or 4 */
 
-
-/* ---- The ternary product: y = codes @ x -------------------------------------------
+/* ---- A ternary layer: y = scale * (codes @ x) + bias -------------------------------
 
    A code takes two bits: 0 is 00, +1 is 01, -1 is 11, and 10 does not occur. Neither
    unpacking the codes nor multiplying by them would keep up with the memory. Instead,
@@ -34,146 +63,155 @@ typedef unsigned words __attribute__((vector_size(4 * W), aligned(1))); /* anywh
        code           00     01     10      11
        table entry     0    x[i]   (0)    -x[i]
 
-   A table of 16 floats serves two neighbours at once: four bits are an index, and the
-   16 sums that two codes can give stand in it,
+   A register of 16 floats has room for a table that serves two neighbours at once: four
+   bits are an index, and the 16 sums that two codes can give stand in it,
 
        index          0000   0001    0011    0100     0101            0111       ...
        table entry    0      x[i]    -x[i]   x[i+1]   x[i+1]+x[i]   x[i+1]-x[i]  ...
 
-   One register holds this table, and one look-up and one addition deal with 2 weights
-   of each of 16 rows, or 32 weights. The tables depend on x alone. So they are made
-   once, one for every two columns, and serve all rows of the matrix.
+   The tables depend on x alone: they are made once, and serve all rows of the matrix.
+   One look-up and one addition deal with the codes of W rows, which must stand side by
+   side. So a matrix is laid out in blocks of 64 rows: the first 4 bytes, which is one
+   word of 16 codes, of each of the 64 rows, then the next 4 bytes of each, and so on.
+   The lowest bits of a register of words are the indices for the first column (or two).
+   Shifted, they are those for the next; the bits above are no part of an index. After
+   four codes nothing is shifted: the words are read again, one byte further on. */
 
-   A register of 8 or 4 floats cannot hold 16 entries. There a table is of one code, its
-   four entries repeated: 0, x[i], 0, -x[i], 0, x[i], 0, -x[i]. An index of 8 lanes has
-   three bits, of which the highest belongs to the next code, and the repetition is what
-   makes it not matter.
+enum { ROWS = 64, R = 4 }; /* rows side by side; registers of words, and of sums */
+typedef struct {
+    const unsigned char *codes; /* (out / 64, in / 16, 64, 4), and 4 bytes behind it */
+    const float *scale, *bias;  /* (out,) each */
+} linear;
 
-   The look-up wants the same columns of W rows side by side. Therefore a matrix is laid
-   out in blocks of 64 rows: the first 4 bytes, which is one word of 16 codes, of each
-   of the 64 rows, then the next 4 bytes of each, and so on. So a register of words has
-   W rows, and `word >> j` brings the codes of columns j / 2 and j / 2 + 1 to its lowest
-   four bits, for all of them; the bits above are no part of an index. Four registers of
-   16 (R = 4; 8 of 8, 16 of 4) are 64 rows. Their sums y do not wait for one another. */
+#if CODES == 2
+#define table_of(a, b) \
+    {0, a, 0, -a, b, b + a, b, b - a, 0, a, 0, -a, -b, a - b, -b, -a - b}
+#else
+#define table_of(a, b) {0, a, 0, -a}
+#endif
 
-enum {
-    CODES = W == 16 ? 2 : 1, /* in an index */
-    ROWS = 64,               /* side by side */
-    R = ROWS / W,            /* registers that hold a number of each of them */
-    BITS = 32,               /* of a word */
-};
-
-/* x: (in,); packed: uint8 (out / 64, in / 16, 64, 4), as above; y: (out,). `out` must
-   be a multiple of 64 and `in` of 16. The tables, 4 * W * in / CODES bytes, stand on
-   each thread's stack: `in` below 2^15 makes them at most 1 MB. */
-void ternary_product(const float *x, const words *packed, float *y, long out, long in)
+/* The sums of 4 W rows, from the first of their codes on. */
+static void add_up(const unsigned char *codes, const volatile table *entries, long in,
+                   floats sums[R])
 {
-    words entry; /* 0, 1, 2, ...: the entries of a table, and so their own index */
-    for (int e = 0; e < W; e++)
-        entry[e] = e;
+    for (long i = 0; i < in; i += 16, codes += 4 * ROWS) {
+        for (int r = 0; r < R; r++)
+            __builtin_prefetch(codes + 8 * 4 * ROWS + r * sizeof(words));
 
-    #pragma omp parallel
+        for (int byte = 0; byte < 4; byte++) {
+            /* volatile: what is read is kept in a register, and not read again. */
+            words index[R];
+            for (int r = 0; r < R; r++)
+                index[r] = *(const volatile words *)(codes + byte + r * sizeof(words));
+
+            #pragma GCC unroll 2
+            for (int j = 0; j < 4; j += CODES, entries++) {
+                floats t = read_table(entries);
+                for (int r = 0; r < R; r++) {
+                    sums[r] += (floats)select(t, index[r]);
+                    index[r] >>= 2 * CODES;
+                }
+            }
+        }
+    }
+}
+
+/* For all threads together. x: (in,); y: (out,), which the result is added to if `adds`
+   is set; tables: room for 8 in floats. out is a multiple of 64, in of 16. */
+static void multiply(const linear *layer, const float *x, float *y, int adds,
+                     table *tables, long out, long in)
+{
+    #pragma omp for
+    for (long i = 0; i < in; i += CODES)
+        tables[i / CODES] = (table)table_of(x[i], x[i + 1]);
+
+    #pragma omp for
+    for (long begin = 0; begin < out; begin += R * W) {
+        const unsigned char *block = layer->codes + begin / ROWS * (in / 4) * ROWS;
+        floats sums[R] = {0};
+        add_up(block + begin % ROWS * 4, tables, in, sums);
+
+        for (int row = 0; row < R * W; row++) {
+            long o = begin + row;
+            float result = layer->scale[o] * sums[row / W][row % W] + layer->bias[o];
+            y[o] = adds ? y[o] + result : result;
+        }
+    }
+}
+
+void ternary_layer(const linear *layer, const float *x, float *y, table *tables,
+                   long out, long in, long threads)
+{
+    #pragma omp parallel num_threads(threads)
+    multiply(layer, x, y, 0, tables, out, in);
+}
+
+/* ---- The rest of a GPT, as in tsld.py; for all threads together, too ------------ */
+
+typedef struct { const float *weight, *bias; } norm; /* (width,) each */
+
+static void normalize(const norm *norm, const float *x, float *y, long width)
+{
+    #pragma omp single
     {
-        floats tables[in / CODES];
-
-        /* Each thread makes the tables, for itself. Element e of one is what the code
-           in the lower two bits of e makes of x[i], and with CODES = 2 what the code
-           in the upper two bits makes of x[i + 1] as well. */
-        floats *table = tables;
-        for (long i = 0; i < in; i += CODES, table++) {
-            *table = __builtin_shuffle((floats){0, x[i], 0, -x[i]}, entry & 3);
-            if (CODES == 2) {
-                floats second = {0, x[i + 1], 0, -x[i + 1]};
-                *table += __builtin_shuffle(second, entry >> 2);
-            }
-        }
-
-        #pragma omp for
-        for (long begin = 0; begin < out; begin += ROWS) {
-            const words *word = packed + begin / ROWS * (in / 16) * R;
-            floats sums[R] = {0}; /* of the 64 rows */
-
-            table = tables;
-            while (table < tables + in / CODES) {
-                /* One word of every row: 16 columns. */
-                #pragma GCC unroll 16
-                for (int j = 0; j < BITS; j += 2 * CODES, table++)
-                    for (int r = 0; r < R; r++)
-                        sums[r] += __builtin_shuffle(*table, word[r] >> j);
-
-                /* The words after the next eight are fetched meanwhile. */
-                word += R;
-                for (int r = 0; r < R; r++)
-                    __builtin_prefetch(word + 8 * R + r);
-            }
-
-            for (int row = 0; row < ROWS; row++)
-                y[begin + row] = sums[row / W][row % W];
-        }
-    }
-}
-
-
-/* ---- The product with a float16 matrix: y = w @ x ---------------------------------
-
-   A float16 has a sign, 5 bits of exponent and 10 of fraction; a float has a sign, 8
-   and 23. Moved up by 13 bits, exponent and fraction stand where a float has them. The
-   conversion from short has filled all bits above with the sign: it is at its place as
-   well, and the three bits below it, the rest of the float's exponent, are made 0. An
-   exponent counts from -15 in one and from -127 in the other, so what the float has is
-   2^-112 of the value, for subnormal numbers too. Infinity and NaN are no such numbers,
-   and do not occur: save_model refuses them. */
-static float float_of_half(short half)
-{
-    union {
-        unsigned bits;
-        float value;
-    } moved = {(unsigned)half << 13 & 0x8fffe000};
-    return moved.value * 0x1p112f;
-}
-
-/* x: (in,); w: (out, in), float16 as its bits; y: (out,). */
-void half_product(const float *x, const short *w, float *y, long out, long in)
-{
-    #pragma omp parallel for
-    for (long r = 0; r < out; r++) {
-        float sum = 0;
+        float sum = 0, squares = 0;
         #pragma omp simd reduction(+ : sum)
-        for (long i = 0; i < in; i++)
-            sum += float_of_half(w[r * in + i]) * x[i];
-        y[r] = sum;
+        for (long i = 0; i < width; i++)
+            sum += x[i];
+        float mean = sum / width;
+        #pragma omp simd reduction(+ : squares)
+        for (long i = 0; i < width; i++)
+            squares += (x[i] - mean) * (x[i] - mean);
+        float factor = 1 / sqrtf(squares / width + 1e-5f);
+        for (long i = 0; i < width; i++)
+            y[i] = (x[i] - mean) * factor * norm->weight[i] + norm->bias[i];
     }
 }
 
-
-/* ---- The attention of the one token at position n ----------------------------------
-
-   For each head, y = Σ_t softmax_t(q · k_t / √d) v_t over the positions t = 0 ... n.
-   One pass does it: `most` is the highest score so far and `total` the sum of
-   exp(score - most), which cannot overflow. y is the mean of the values so far; a new
-   value v_t of weight exp(score - most) moves it by its share of the new total. Where a
-   higher score comes, the old total is brought to the new scale, and the mean stays. */
-
-/* qkv: (3, H, d), the token's query, key and value; cache: (2, H, S, d), the keys and
-   values of the positions before n, to which the token's own are added; y: (H, d). */
-void attention(
-    const float *qkv, float *cache, float *y, long n, long H, long S, long d)
+/* e^z, to a few 1e-7 of it, as 2^whole * e^rest: the whole number goes to where a float
+   has its exponent, and the rest, of at most ln 2 / 2, into the series. */
+static inline float exponential(float z)
 {
-    #pragma omp parallel for
+    z = z < -87 ? -87 : z > 87 ? 87 : z;
+    float whole = rintf(z * 1.44269504f);
+    float rest = z - whole * 0.693359375f + whole * 2.12194440e-4f; /* z - whole ln 2 */
+    union { unsigned bits; float value; } power = {(unsigned)(whole + 127) << 23};
+    float series = 1 / 6.f + rest * (1 / 24.f + rest * (1 / 120.f + rest / 720));
+    return power.value * (1 + rest * (1 + rest * (1 / 2.f + rest * series)));
+}
+
+/* GELU in its tanh approximation: x (1 + tanh u) / 2 = x / (1 + e^-2u). */
+static void gelu(float *x, long width)
+{
+    #pragma omp for simd
+    for (long i = 0; i < width; i++) {
+        float u = 0.79788456f * (x[i] + 0.044715f * x[i] * x[i] * x[i]);
+        x[i] /= 1 + exponential(-2 * u);
+    }
+}
+
+/* The attention of the token at position n: for each head the sum, over t = 0 ... n, of
+   softmax_t(q . k_t / sqrt d) v_t, in one pass. `most` is the highest score so far,
+   `total` the sum of e^(score - most), and y the mean of the values, which a new one
+   moves by its share of the total. A higher score brings the total to its own scale.
+   qkv: (3, H, d), the token's query, key and value; cache: (2, H, S, d), the keys and
+   values of the positions before n, to which the token's own are added; y: (H, d). */
+static void attend(const float *qkv, float *cache, float *y, long n,
+                   long H, long S, long d)
+{
+    #pragma omp for
     for (long h = 0; h < H; h++) {
         const float *query = qkv + h * d;
         float *mean = y + h * d;
         float *key = cache + h * S * d;
         float *value = key + H * S * d;
-
         for (long i = 0; i < d; i++) {
             key[n * d + i] = query[H * d + i];
             value[n * d + i] = query[2 * H * d + i];
             mean[i] = 0;
         }
 
-        float most = -INFINITY;
-        float total = 0;
+        float most = -INFINITY, total = 0;
         for (long t = 0; t <= n; t++, key += d, value += d) {
             float score = 0;
             #pragma omp simd reduction(+ : score)
@@ -182,15 +220,81 @@ void attention(
             score /= sqrtf(d);
 
             if (score > most) {
-                total *= expf(most - score);
+                total *= exponential(most - score);
                 most = score;
             }
-            float weight = expf(score - most);
+            float weight = exponential(score - most);
             total += weight;
-
-            float share = weight / total;
             for (long i = 0; i < d; i++)
-                mean[i] += share * (value[i] - mean[i]);
+                mean[i] += weight / total * (value[i] - mean[i]);
+        }
+    }
+}
+
+/* y = w @ x. w: float16 (out, in), in a multiple of 64. */
+static void half_product(const short *w, const float *x, float *y, long out, long in)
+{
+    #pragma omp for
+    for (long o = 0; o < out; o++) {
+        floats sums[R] = {0};
+        for (long i = 0; i < in; i += R * W)
+            for (int r = 0; r < R; r++) {
+                floats weights = (floats)widen(w + o * in + i + r * W);
+                sums[r] += weights * *(const floats *)(x + i + r * W);
+            }
+        floats sum = sums[0] + sums[1] + sums[2] + sums[3];
+        y[o] = 0;
+        for (int e = 0; e < W; e++)
+            y[o] += sum[e];
+    }
+}
+
+typedef struct {
+    norm ln_1; linear c_attn, c_proj; /* attention */
+    norm ln_2; linear c_fc, c_down;   /* MLP, where c_down is called c_proj */
+} block;
+
+typedef struct {
+    const short *wte, *wpe; /* float16 (V, C), and (S or more, C) */
+    norm ln_f;
+    block h[]; /* n_layer of them */
+} gpt;
+
+/* The step of the token at position n. cache: for each layer, as `attend` takes it;
+   logits: (V,), or NULL if nobody asks what follows; work: room for 38 C floats. C is a
+   multiple of 64, and the arrays begin at multiples of 64 bytes. */
+void token_step(const gpt *model, float *cache, float *logits, float *work, long token,
+                long n, long n_layer, long H, long C, long V, long S, long threads)
+{
+    float *x = work;      /* (C,), to which each layer adds */
+    float *y = x + C;     /* (C,) */
+    float *inner = y + C; /* (4 C,) */
+    table *tables = (table *)(inner + 4 * C);
+
+    #pragma omp parallel num_threads(threads)
+    {
+        #pragma omp for
+        for (long i = 0; i < C; i += W) {
+            floats of_token = (floats)widen(model->wte + token * C + i);
+            *(floats *)(x + i) = of_token + (floats)widen(model->wpe + n * C + i);
+        }
+
+        for (long l = 0; l < n_layer; l++) {
+            const block *block = &model->h[l];
+            normalize(&block->ln_1, x, y, C);
+            multiply(&block->c_attn, y, inner, 0, tables, 3 * C, C);
+            attend(inner, cache + l * 2 * S * C, y, n, H, S, C / H);
+            multiply(&block->c_proj, y, x, 1, tables, C, C);
+
+            normalize(&block->ln_2, x, y, C);
+            multiply(&block->c_fc, y, inner, 0, tables, 4 * C, C);
+            gelu(inner, 4 * C);
+            multiply(&block->c_down, inner, x, 1, tables, C, 4 * C);
+        }
+
+        if (logits) {
+            normalize(&model->ln_f, x, y, C);
+            half_product(model->wte, y, logits, V, C);
         }
     }
 }
