@@ -255,7 +255,7 @@ typedef struct {
 } block;
 
 typedef struct {
-    const short *wte, *wpe; /* float16 (V, C), and (S or more, C) */
+    const short *wte, *wpe, *lm_head; /* float16 (V, C), (S or more, C), (V, C) */
     norm ln_f;
     block h[]; /* n_layer of them */
 } gpt;
@@ -294,7 +294,7 @@ void token_step(const gpt *model, float *cache, float *logits, float *work, long
 
         if (logits) {
             normalize(&model->ln_f, x, y, C);
-            half_product(model->wte, y, logits, V, C);
+            half_product(model->lm_head, y, logits, V, C);
         }
     }
 }

@@ -12,7 +12,7 @@ from torch import nn
 import tsld
 from data.lib import fast_linear
 from data.lib.fast_linear import FastLinear
-from tsld import GPT, PackedLinear
+from tsld import GPT, Attention, Block, PackedLinear
 
 LONG = 256  # tokens of a prompt that repay what PyTorch does first: it unpacks weights
 
@@ -83,8 +83,9 @@ class FastGPT(GPT):
 
     def takes(self, ids, max_new_tokens):
         """Whether C continues these ids. What is not right, GPT.stream refuses."""
-        is_one = len(ids) == 1 and ids.numel() > 0 and ids.dtype == torch.int64
-        if fast_linear.c_library() is None or not is_one or not ids.is_cpu:
+        is_one = ids.dim() == 2 and len(ids) == 1 and ids.numel() > 0
+        is_right = is_one and ids.is_cpu and ids.dtype == torch.int64
+        if not is_right or fast_linear.c_library() is None:
             return False
 
         is_in_vocabulary = ids.min() >= 0 and ids.max() < self.config.vocab_size
@@ -94,32 +95,27 @@ class FastGPT(GPT):
     def arrays(self):
         """All tensors that fast.c reads, in the order of its struct gpt. None if a part
         of the model is not what it was written for, or is watched by a hook."""
-        modules = [*self.modules()]
-        kinds = [type(module) for module in modules]
-        if kinds != [*BEFORE, *BLOCK * len(self.h), *AFTER]:
-            return None
-        if any(m._forward_hooks or m._forward_pre_hooks for m in modules):
-            return None
-        if any(m.eps != 1e-5 for m in modules if type(m) is nn.LayerNorm):
+        if any(m._forward_hooks or m._forward_pre_hooks for m in self.modules()):
             return None
 
-        halves = [self.wte.weight, self.wpe.weight]
-        floats = [self.ln_f.weight, self.ln_f.bias]
-        for module in modules[len(BEFORE) : -len(AFTER)]:
-            if type(module) is nn.LayerNorm:
-                floats += [module.weight, module.bias]
-            elif type(module) is FastLinear:
-                floats += module.arrays()
+        layers = [self.ln_f]
+        for block in self.h:
+            if type(block) is not Block or type(block.attn) is not Attention:
+                return None
+            layers += [block.ln_1, block.attn.c_attn, block.attn.c_proj]
+            layers += [block.ln_2, block.mlp.c_fc, block.mlp.c_proj]
 
-        is_right = all(a.dtype == torch.float16 for a in halves)
-        is_right &= all(a.dtype in (torch.float32, torch.uint8) for a in floats)
-        arrays = halves + floats
-        is_right &= all(a.is_cpu and a.is_contiguous() for a in arrays)
-        return arrays if is_right else None
+        halves = [self.wte.weight, self.wpe.weight, self.lm_head.weight]
+        floats = []
+        for layer in layers:
+            if type(layer) is FastLinear:
+                floats += layer.arrays()
+            elif type(layer) is nn.LayerNorm and layer.eps == 1e-5:
+                floats += [layer.weight, layer.bias]
+            else:
+                return None
 
-
-# The modules of a FastGPT, in the order of GPT.modules().
-BEFORE = (FastGPT, nn.Embedding, nn.Embedding, nn.ModuleList)
-BLOCK = (tsld.Block, nn.LayerNorm, tsld.Attention, FastLinear, FastLinear)
-BLOCK += (nn.LayerNorm, tsld.MLP, FastLinear, nn.GELU, FastLinear, nn.Dropout)
-AFTER = (nn.LayerNorm, tsld.Head)
+        is_right = all(t.dtype == torch.float16 for t in halves)
+        is_right &= all(t.dtype in (torch.float32, torch.uint8) for t in floats)
+        is_right &= all(t.is_cpu and t.is_contiguous() for t in halves + floats)
+        return halves + floats if is_right else None

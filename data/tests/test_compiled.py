@@ -379,6 +379,7 @@ static int check_step(long n_layer, long H, long C, long V, long S, long threads
         halves[i] = rand() % 0x7c00 - (rand() % 2) * 0x8000;
     model->wte = halves;
     model->wpe = halves + V * C;
+    model->lm_head = halves;
     model->ln_f = (norm){random_floats(C), random_floats(C)};
     for (long l = 0; l < n_layer; l++)
         model->h[l] = (block){

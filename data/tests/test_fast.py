@@ -329,6 +329,7 @@ def loaded_gpt(tmp_path, granularity="tensor", **changes):
 def unpacked_gpt(model):
     """The same model in float64, its linear layers nn.Linear."""
     plain = GPT(model.config).double()
+    plain.lm_head.weight = nn.Parameter(plain.wte.weight.detach().clone())
     state = {name: tensor.double() for name, tensor in model.state_dict().items()}
     for name, layer in model.named_modules():
         if isinstance(layer, PackedLinear):
@@ -379,6 +380,13 @@ def test_the_step_of_a_token_in_c_gives_the_models_logits(
 ):
     shape = {"n_head": n_head, "n_embd": n_head * d, "block_size": 40, "n_layer": 3}
     check_stream(loaded_gpt(tmp_path, granularity, **shape)[0], monkeypatch, T=40)
+
+
+def test_a_head_of_its_own_makes_the_logits(tmp_path, compiled, monkeypatch):
+    model, _ = loaded_gpt(tmp_path)
+    weight = randn(*model.wte.weight.shape).half()
+    model.lm_head.weight = nn.Parameter(weight, requires_grad=False)
+    check_stream(model, monkeypatch)
 
 
 @pytest.mark.parametrize("prompt", [1, 2, 7])
@@ -666,6 +674,7 @@ def test_several_sequences_are_left_to_pytorch(tmp_path, compiled, without_c):
 
 REFUSED = {
     "no prompt": (micro_ids(1, 0), 3),
+    "no rows": (micro_ids(1, 2)[None], 3),
     "too many tokens": (micro_ids(1, 6), 3),
     "fewer than none": (micro_ids(1, 6), -1),
     "a token beyond the vocabulary": (torch.tensor([[1, 41]]), 3),
