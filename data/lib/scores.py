@@ -7,6 +7,7 @@ import torch
 
 import tsld
 from data import tasks
+from data.lib.errors import UserError
 from data.lib.files import save_packed
 from data.lib.int4 import save_int4
 from data.lib.processes import first_process_first, processes
@@ -60,7 +61,7 @@ def count_ternary(model):
 
 def pack(model, path):
     """Saves a quantized model, and packs one of 2 bits in place. Returns the bytes of
-    the file and of the codes in it."""
+    the file and of the codes in it. Raises UserError if a value cannot be stored."""
     layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
     bits = layers[0].bits
     codes_per_byte = 8 // bits
@@ -73,5 +74,8 @@ def pack(model, path):
 
     with first_process_first():
         if processes()[0] == 0:
-            save(path, model)
+            try:
+                save(path, model)
+            except ValueError as error:  # float16 does not hold an embedding, say
+                raise UserError(f"{path} cannot be written: {error}") from None
     return {"bytes_packed": path.stat().st_size, "linear_bytes_packed": sum(sizes)}

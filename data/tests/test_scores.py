@@ -7,6 +7,7 @@ import torch
 
 import tsld
 from data.lib import scores
+from data.lib.errors import UserError
 from data.lib.files import load_packed
 from data.lib.students import load_weights
 from data.tests.helpers import QUESTIONS, WORDS, micro_gpt, nats_of_choice, softmax64
@@ -126,6 +127,16 @@ def test_a_four_bit_model_is_saved_with_its_sizes_and_stays_as_it_is(tmp_path):
     ids = torch.arange(8)[None]
     again = load_weights(path)
     torch.testing.assert_close(again(ids), model(ids), rtol=0.01, atol=0.01)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_a_weight_that_no_packed_file_holds_is_refused_by_name(bits, tmp_path):
+    model = tsld.quantize_model(micro_gpt(), bits)
+    model.wpe.weight.data[0, 0] = 7e4
+    words = "model.packed cannot be written: wpe.weight has values that are not finite"
+    with pytest.raises(UserError, match=words):
+        scores.pack(model, tmp_path / "model.packed")
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_of_several_processes_the_first_one_writes_the_packed_model(
