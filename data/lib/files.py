@@ -151,7 +151,10 @@ def refusing(path, what=""):
 
 def read_json(path, missing):
     """What a JSON file holds; `missing` where there is none. Raises UserError if it is
-    damaged."""
+    damaged, or no file."""
+    if path.exists() and not path.is_file():  # a pipe may never end
+        raise UserError(f"{path} is no file: move it away")
+
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -115,10 +115,18 @@ def is_at(path, file):
 
 
 def remove_leftovers(folder):
-    """Removes what a run that was killed has left half-written: see files.replacing."""
+    """Removes what a run that was killed has left half-written: folders that
+    files.replacing makes, with nothing in them but the file that they are for."""
     for path in Path(folder).glob("*.????????.tmp"):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
+        name = path.name[: -len(".????????.tmp")]
+        if path.is_symlink() or not path.is_dir():
+            continue
+
+        files = [*path.iterdir()]
+        if all(file.name in (name, f"{name}.tmp") for file in files):
+            for file in files:
+                file.unlink()
+            path.rmdir()
 
 
 def check_out(path, model, students):

@@ -118,9 +118,10 @@ def test_a_finished_training_without_weights_is_refused(tmp_path):
         load_checkpoint(path, IDENTITY, *trained(0))
 
 
+@pytest.mark.parametrize("steps", [3, 6])  # the last one has six
 @pytest.mark.parametrize("moment", [1, 2, 3])
 def test_a_process_that_dies_while_saving_leaves_the_last_checkpoint(
-    moment, tmp_path, monkeypatch
+    moment, steps, tmp_path, monkeypatch
 ):
     """Dies at the first, second or third time that a file is renamed."""
     path = tmp_path / "state.pt"
@@ -136,7 +137,7 @@ def test_a_process_that_dies_while_saving_leaves_the_last_checkpoint(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(os, "replace", dies)
-        saved(path, steps=3)
+        saved(path, steps)
 
     other = trained(0, seed=2)
     assert load_checkpoint(path, IDENTITY, *other) == (2, 1.5)

@@ -336,6 +336,19 @@ def test_damaged_json_is_refused_by_name(content, tmp_path):
         files.read_json(path, missing=[])
 
 
+def test_a_folder_or_a_pipe_in_place_of_json_is_refused_by_name(tmp_path):
+    for path in (tmp_path, a_pipe(tmp_path / "rows.json")):
+        with pytest.raises(UserError, match=f"{path} is no file: move it away"):
+            files.read_json(path, missing=[])
+
+
+def a_pipe(path):
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("this system has no named pipes")
+    os.mkfifo(path)
+    return path
+
+
 def test_a_fingerprint_is_the_sha256_of_all_bytes_in_turn():
     tensors = [randn(3, 4), randn(3, 4).t(), torch.tensor(7), torch.tensor([True])]
     content = b"".join(np.ascontiguousarray(tensor).tobytes() for tensor in tensors)

@@ -156,10 +156,13 @@ def test_what_a_killed_run_has_left_half_written_is_removed(tmp_path):
     left = half.rename(tmp_path / name.parent.name)
     (left / "a.pt").write_text("half")
     (tmp_path / "notes.tmp").write_text("mine")
+    (tmp_path / "my.chapters.tmp").mkdir()
+    (tmp_path / "my.chapters.tmp" / "one").write_text("mine")
 
     with folder.hold(tmp_path):
         pass
-    assert os.listdir(tmp_path) == ["notes.tmp"]
+    assert sorted(os.listdir(tmp_path)) == ["my.chapters.tmp", "notes.tmp"]
+    assert os.listdir(tmp_path / "my.chapters.tmp") == ["one"]
 
 
 @pytest.mark.parametrize("name", ["results.json", "student-tsld.pt", "rounded.packed"])
