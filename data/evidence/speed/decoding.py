@@ -12,6 +12,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import nn
@@ -35,9 +36,11 @@ from data.lib.files import (
 )
 from tsld import GPT, GPTConfig, PackedLinear
 
+SAMPLE = tsld.sample
 MATRICES = ((2304, 768), (3072, 768), (768, 3072), (4096, 4096))
 PROMPT = 8  # tokens
 LENGTH = 120  # new tokens
+GREEDY = 200  # new tokens that C and PyTorch are compared by
 
 
 def bench(device):
@@ -60,6 +63,7 @@ def bench(device):
         save_packed(folder / "model.packed", packed)
         packed = fast.speed_up(load_packed(folder / "model.packed").to(device))
         bench_generation(device, bandwidth, model.to(device), packed, folder)
+        compare_with_pytorch(packed, folder)
         bench_files(folder)
 
 
@@ -146,6 +150,9 @@ def bench_generation(device, bandwidth, model, packed, folder):
     size = sum(tensor.nbytes for tensor in tensors) - packed.wpe.weight.nbytes
     values["bandwidth alone, packed"] = bandwidth / size
     print_ratios("generation, GPT-2 small's shape", "tokens/s", values, True)
+    for name in values:
+        if name != "packed":
+            print(f"    packed: {values['packed'] / values[name]:5.2f} of {name}")
 
 
 def rate_of(model, prompt):
@@ -180,9 +187,8 @@ def llama_contestant(packed, prompt, folder):
     """The same for the packed model in llama.cpp, with as many threads."""
     from llama_cpp import Llama
 
-    hf.save_gpt2(packed, folder)
     path = folder / "model.gguf"
-    write_gguf(hf.load_gpt2(folder), path)
+    write_gguf(unpacked(packed, folder), path)
 
     # logits_all: where they are read, each step writes its own alone.
     model = Llama(
@@ -203,6 +209,44 @@ def llama_contestant(packed, prompt, folder):
         return (LENGTH - 1) / (time.perf_counter() - begin)
 
     return rate
+
+
+def unpacked(packed, folder):
+    """The FP32 model whose weights are the numbers that the packed ones stand for."""
+    hf.save_gpt2(packed, folder)
+    return hf.load_gpt2(folder)
+
+
+def compare_with_pytorch(packed, folder):
+    """Prints how far the packed model's text is that of the same numbers in PyTorch."""
+    model = unpacked(packed, folder).to(packed.wte.weight.device)
+    print(f"\nthe packed model and the same weights in FP32, {GREEDY} greedy tokens")
+
+    for seed in range(3):
+        rng = torch.Generator().manual_seed(seed)
+        prompt = torch.randint(model.config.vocab_size, (1, PROMPT), generator=rng)
+        prompt = prompt.to(packed.wte.weight.device)
+        text, logits = greedy(packed, prompt)
+        expected, expected_logits = greedy(model, prompt)
+
+        same = (text == expected).sum().item()
+        difference = (logits - expected_logits).abs().max().item()
+        title = f"prompt {seed}: {same} tokens are the same"
+        print(f"  {title:50} logits differ by {difference:.1e} at most")
+
+
+def greedy(model, prompt):
+    """The tokens that follow a prompt greedily, and the logits of each."""
+    logits = []
+
+    def keep(of_token, *rest):
+        logits.append(of_token[0].clone())
+        return SAMPLE(of_token, *rest)
+
+    with mock.patch.object(tsld, "sample", keep):
+        tokens = torch.cat([*model.stream(prompt, GREEDY, temperature=0)], dim=1)
+
+    return tokens[0], torch.stack(logits)
 
 
 # --------------------------------------------------------------------------------------
@@ -267,7 +311,7 @@ def load_and_generate(path):
 
     begin = time.perf_counter()
     if path.endswith(".packed"):
-        model = fast.speed_up(model)  # compiles the C
+        model = fast.speed_up(model)  # finds the library in the cache
     prompt = torch.zeros(1, PROMPT, dtype=torch.long)
     times = []
     for _ in model.stream(prompt, 8):
