@@ -80,7 +80,8 @@ typedef float table __attribute__((vector_size(4 << 2 * CODES))); /* 16, or 4 */
 enum { ROWS = 64, R = 4 }; /* rows side by side; registers of words, and of sums */
 typedef struct {
     const unsigned char *codes; /* (out / 64, in / 16, 64, 4), and 4 bytes behind it */
-    const float *scale, *bias;  /* (out,) each */
+    const float *scale, *bias;  /* (1,) or (out,); (out,), or NULL */
+    long long step;             /* from the scale of one row to the next: 0, or 1 */
 } linear;
 
 #if CODES == 2
@@ -130,11 +131,10 @@ static void multiply(const linear *layer, const float *x, float *y, int adds,
         const unsigned char *block = layer->codes + begin / ROWS * (in / 4) * ROWS;
         floats sums[R] = {0};
         add_up(block + begin % ROWS * 4, tables, in, sums);
-
         for (int row = 0; row < R * W; row++) {
             long o = begin + row;
-            float result = layer->scale[o] * sums[row / W][row % W] + layer->bias[o];
-            y[o] = adds ? y[o] + result : result;
+            float scaled = layer->scale[o * layer->step] * sums[row / W][row % W];
+            y[o] = scaled + (layer->bias ? layer->bias[o] : 0) + (adds ? y[o] : 0);
         }
     }
 }

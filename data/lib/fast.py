@@ -45,8 +45,8 @@ class FastGPT(GPT):
     @torch.inference_mode()
     def stream(self, ids, max_new_tokens, temperature=1.0, top_k=None):
         """Yields what GPT.stream does."""
-        arrays = self.arrays() if self.takes(ids, max_new_tokens) else None
-        if arrays is None:
+        fields = self.fields() if self.takes(ids, max_new_tokens) else None
+        if fields is None:
             yield from super().stream(ids, max_new_tokens, temperature, top_k)
             return
 
@@ -66,7 +66,7 @@ class FastGPT(GPT):
                 self.hidden(ids[:, :start], [*cache])
 
         step = fast_linear.c_library().token_step
-        model = fast_linear.pointers(arrays)
+        model = fast_linear.struct_of(fields)
         tokens = ids[0].tolist()
         for n in range(start, S - 1):
             # From the last token of the prompt on, it is asked what follows.
@@ -92,9 +92,9 @@ class FastGPT(GPT):
         room = self.config.block_size - ids.numel()
         return is_in_vocabulary and 0 < max_new_tokens <= room
 
-    def arrays(self):
-        """All tensors that fast.c reads, in the order of its struct gpt. None if a part
-        of the model is not what it was written for, or is watched by a hook."""
+    def fields(self):
+        """What fast.c reads of it, in the order of its struct gpt. None if some part is
+        not what it was written for, or is watched by a hook."""
         if any(m._forward_hooks or m._forward_pre_hooks for m in self.modules()):
             return None
 
@@ -106,16 +106,17 @@ class FastGPT(GPT):
             layers += [block.ln_2, block.mlp.c_fc, block.mlp.c_proj]
 
         halves = [self.wte.weight, self.wpe.weight, self.lm_head.weight]
-        floats = []
+        rest = []
         for layer in layers:
             if type(layer) is FastLinear:
-                floats += layer.arrays()
+                rest += layer.fields()
             elif type(layer) is nn.LayerNorm and layer.eps == 1e-5:
-                floats += [layer.weight, layer.bias]
+                rest += [layer.weight, layer.bias]
             else:
                 return None
 
+        tensors = [field for field in rest if isinstance(field, torch.Tensor)]
         is_right = all(t.dtype == torch.float16 for t in halves)
-        is_right &= all(t.dtype in (torch.float32, torch.uint8) for t in floats)
-        is_right &= all(t.is_cpu and t.is_contiguous() for t in halves + floats)
-        return halves + floats if is_right else None
+        is_right &= all(t.dtype in (torch.float32, torch.uint8) for t in tensors)
+        is_right &= all(t.is_cpu and t.is_contiguous() for t in halves + tensors)
+        return halves + rest if is_right else None

@@ -37,9 +37,11 @@ def c_library():
     return library
 
 
-def pointers(arrays):
-    """Where these tensors are, as an array of C. It does not keep them alive."""
-    return (ctypes.c_void_p * len(arrays))(*[array.data_ptr() for array in arrays])
+def struct_of(fields):
+    """A struct of C: where each tensor is (it must outlive the struct), integers, and
+    NULL for None."""
+    words = [f.data_ptr() if isinstance(f, torch.Tensor) else f for f in fields]
+    return (ctypes.c_void_p * len(words))(*words)
 
 
 def side_by_side(packed):
@@ -70,7 +72,7 @@ class FastLinear(PackedLinear):
         """Whether fast.c takes this PackedLinear."""
         out, size = layer.packed.shape
         is_whole = out % ROWS == 0 and size % 4 == 0 and layer.in_features == 4 * size
-        return is_whole and layer.packed.is_cpu
+        return is_whole and layer.scale.numel() in (1, out) and layer.packed.is_cpu
 
     @property
     def packed(self):
@@ -78,14 +80,13 @@ class FastLinear(PackedLinear):
         blocks = self.blocks[:-4].view(-1, self.in_features // 16, ROWS, 4)
         return blocks.transpose(1, 2).reshape(self.out_features, -1)
 
-    def arrays(self):
-        """What fast.c reads: blocks, and scale and bias, float32 (out,)."""
-        bias = self.scale.new_zeros(1) if self.bias is None else self.bias
-        vectors = (self.scale.flatten().float(), bias.float())
-        return [
-            self.blocks,
-            *(v.expand(self.out_features).contiguous() for v in vectors),
-        ]
+    def fields(self):
+        """What fast.c reads of it, in the order of its struct linear."""
+        scale = self.scale.float().contiguous()
+        bias = self.bias
+        if bias is not None:
+            bias = bias.float().expand(self.out_features).contiguous()
+        return [self.blocks, scale, bias, min(1, scale.numel() - 1)]
 
     def forward(self, x):  # (..., in) -> (..., out)
         if x.shape[-1] != self.in_features:
@@ -108,10 +109,10 @@ class FastLinear(PackedLinear):
         y = row.new_empty(*x.shape[:-1], self.out_features)
         tables = row.new_empty(8 * self.in_features)
 
-        arrays = self.arrays()
+        fields = self.fields()
         places = (row.data_ptr(), y.data_ptr(), tables.data_ptr())
         sizes = (self.out_features, self.in_features, torch.get_num_threads())
-        c_library().ternary_layer(pointers(arrays), *places, *sizes)
+        c_library().ternary_layer(struct_of(fields), *places, *sizes)
         return y.type_as(x)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
