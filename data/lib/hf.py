@@ -274,9 +274,14 @@ def load_model(name_or_folder, attentions=False):
         model = adapted(load_inner(name, attentions, options))
         output = model.traced(checks.random_ids(model)) if attentions else None
     except Exception as error:  # of any type: a folder can make it trip over anything
-        state = " (offline)" if is_local and not is_folder else ""
-        reason = str(error).strip() or type(error).__name__
-        raise UserError(f"{name}{state}: {reason.splitlines()[0]}") from None
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        message = f"{name}: {reason}"
+        if is_local and not is_folder:
+            message = (
+                f"{name} (offline): {reason.rstrip('.')}: go online once, or name "
+            )
+            message += "the folder of a copy with --model"
+        raise UserError(message) from None
 
     if attentions and not attentions_of(output):
         raise UserError(f"{name}: L2L compares attentions, and this model has none")

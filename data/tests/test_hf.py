@@ -1006,6 +1006,9 @@ def test_what_cannot_be_loaded_is_one_line_that_names_it(folder, monkeypatch):
         assert str(refusal.value).startswith(start)
         assert "\n" not in str(refusal.value)
 
+    remedy = "go online once, or name the folder of a copy with --model"
+    assert str(refusal.value).endswith(f": {remedy}")
+
     speechless = mock.Mock(side_effect=AssertionError)
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", speechless)
     with pytest.raises(UserError, match=f"^{folder}: AssertionError$"):
