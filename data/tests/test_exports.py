@@ -443,6 +443,19 @@ def test_what_transformers_cannot_save_or_opens_as_another_is_refused(
     assert hf.load_model(tmp_path / "new")[1].encode_ordinary(WORDS)
 
 
+def test_an_export_makes_no_cache_which_some_models_fail_to_make(tmp_path, monkeypatch):
+    student, tokenizer = packed_student(save_llama(tmp_path / "teacher"))
+    llama = type(student.inner)
+    forward = llama.forward
+
+    def without_cache(self, input_ids, use_cache=None):
+        assert use_cache is False
+        return forward(self, input_ids, use_cache=False)
+
+    monkeypatch.setattr(llama, "forward", without_cache)
+    hf.export(student, tokenizer, tmp_path / "new")
+
+
 def test_the_folder_that_a_model_came_from_is_never_overwritten(tmp_path):
     folder = save_llama(tmp_path / "teacher")
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
