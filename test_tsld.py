@@ -1221,7 +1221,7 @@ def test_what_is_not_packed_as_a_whole_or_not_finite_is_not_saved(packed_file):
     assert packed_file.read_bytes() == before
 
 
-def test_a_write_that_fails_leaves_the_old_file(packed_file, monkeypatch):
+def test_a_write_that_fails_leaves_the_old_file_alone(packed_file, monkeypatch):
     save = torch.save
 
     def fail(content, file):
@@ -1233,6 +1233,7 @@ def test_a_write_that_fails_leaves_the_old_file(packed_file, monkeypatch):
     with pytest.raises(OSError, match="disk is full"):
         tsld.save_model(packed_file, tsld.pack_model(quantized_gpt(seed=1)))
     assert packed_file.read_bytes() == before
+    assert os.listdir(packed_file.parent) == [packed_file.name]
 
 
 def assert_refused(path, words=""):

@@ -114,15 +114,15 @@ def per_token_terms(student_logits, teacher_logits, targets):
     if shapes[0] != shapes[1] or shapes[0][:-1] != shapes[2]:
         raise ValueError(f"student, teacher and targets do not fit: {shapes}")
     ignored = targets == -100
-    check_ids(targets.masked_fill(ignored, 0), student_logits.shape[-1])
+    y = targets.masked_fill(ignored, 0)
+    check_ids(y, student_logits.shape[-1])
 
     log_p_student = student_logits.float().log_softmax(dim=-1)  # (B, T, V)
     log_p_teacher = teacher_logits.detach().float().log_softmax(dim=-1)  # (B, T, V)
     p_teacher = log_p_teacher.exp()
 
-    y = targets.clamp(min=0)[..., None]  # (B, T, 1)
-    ce_student = -log_p_student.gather(-1, y).squeeze(-1)
-    ce_teacher = -log_p_teacher.gather(-1, y).squeeze(-1)
+    ce_student = -log_p_student.gather(-1, y[..., None]).squeeze(-1)
+    ce_teacher = -log_p_teacher.gather(-1, y[..., None]).squeeze(-1)
 
     # Where the teacher has 0, so has the sum, even if the student's log is -∞.
     kd = -(p_teacher * log_p_student.masked_fill(p_teacher == 0, 0)).sum(dim=-1)
@@ -694,6 +694,7 @@ def train(
         block_size = student.config.block_size
     check_training(student, tokens, config, teacher, block_size)
     device = next(student.parameters()).device
+    gpus = [device] if device.type == "cuda" else []
     optimizer = optimizer or make_optimizer(student, config)
     if teacher is not None:
         teacher.eval()
@@ -704,7 +705,7 @@ def train(
         rng = np.random.default_rng((config.seed, step))
         batch = get_batch(tokens, config.batch_size, block_size, rng)
         seed = rng.integers(2**62)
-        ids, targets = (t.to(device) for t in batch)
+        ids, targets = (t.to(device, non_blocking=True) for t in batch)
 
         lr = learning_rate(step, config)
         for group in optimizer.param_groups:
@@ -712,7 +713,7 @@ def train(
 
         # Forward and backward.
         student.zero_grad()
-        with torch.random.fork_rng():  # the caller's random numbers go on as they were
+        with torch.random.fork_rng(gpus):  # the caller's random numbers go on
             torch.manual_seed(seed)
             loss = backward(student, teacher, ids, targets, config)
 
@@ -931,10 +932,15 @@ def save_model(path, model):
         tensors[name] = of_parameter.setdefault(id(tensor), value)  # tied: only once
     content = {"format": PACKED_FORMAT, "config": config_of(model), "tensors": tensors}
 
-    # Under another name first: at `path` there is always a whole file.
-    with open(f"{path}.tmp", "wb") as file:
-        torch.save(content, file)
-    os.replace(f"{path}.tmp", path)
+    # Under a name of its own first: at `path` there is always a whole file.
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
 
 
 def load_model(path, into=None):

@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 import tsld
 from data.lib import lean
-from data.lib.captured import Captured
 from data.lib.checkpoints import architecture, load_checkpoint, save_checkpoint
 from data.lib.files import fingerprint, read_checked
 from data.lib.processes import any_process, blocks_of, processes, shared, spread
@@ -151,15 +150,12 @@ def identify(model, tokens, config, teacher):
 
 
 def choose_backward(student, teacher, config):
-    """The one that needs less memory, if the loss and the models let it be used. On a
-    GPU of its own it is captured: the batches of a training are of one shape."""
+    """The one that needs less memory, if the loss and the models let it be used."""
     models = [student] if teacher is None else [student, teacher]
     is_lean = all(lean.takes(model) for model in models)
 
     if config.loss not in lean.LEAN_LOSSES or not is_lean:
         return tsld.backward
-    if next(student.parameters()).is_cuda and processes()[1] == 1:
-        return Captured(lean.backward)
     return lean.backward
 
 

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import tsld
-from data.lib import captured, hf, lean, resumable
+from data.lib import captured, hf, lean
 from data.lib.captured import Captured
 from data.tests.helpers import TEXT, micro_gpt, micro_ids
 
@@ -363,23 +363,3 @@ def test_on_a_gpu_20_captured_steps_are_20_steps(loss, dropout, capsys):
 
     assert "not captured" not in capsys.readouterr().out
     torch.testing.assert_close(*outcomes, rtol=1e-5, atol=1e-5)
-
-
-def test_on_a_gpu_one_process_captures_the_step_of_a_lean_loss(monkeypatch):
-    class OnGpu:
-        is_cuda = True
-
-    gpt = micro_gpt()
-    monkeypatch.setattr(gpt, "parameters", lambda: iter([OnGpu()]))
-
-    def chosen(loss):
-        config = replace(CONFIG, loss=loss)
-        return resumable.choose_backward(gpt, micro_gpt(), config)
-
-    way = chosen("tsld")
-    assert isinstance(way, Captured)
-    assert way.backward is lean.backward
-    assert way.graph_of is captured.CudaGraph
-    assert chosen("l2l") is tsld.backward
-    monkeypatch.setattr(resumable, "processes", lambda: (0, 2))
-    assert chosen("tsld") is lean.backward
