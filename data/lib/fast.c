@@ -1,12 +1,16 @@
 /* Generating a token in C, for fast.py: a ternary layer for one row of activations
    (ternary_layer), and the step of one token through a whole GPT (token_step).
 
-   A register holds W numbers, and the vector types of GCC and clang stand for one: if a
-   and b are `floats`, a + b is W sums in one instruction. "omp parallel" starts
-   threads; "omp for" in it gives each a part of a loop and goes on when all are done;
-   "omp single" leaves something to one of them. */
+   A register holds W numbers. The vector types of GCC and clang stand for one: if a and
+   b are `floats`, a + b is W sums in one instruction. "omp parallel" starts threads, and
+   "omp for" gives each a part of a loop and goes on when all are done. */
 
 #include <math.h>
+#ifdef _OPENMP
+#include <omp.h>
+#else
+#define omp_get_thread_num() 0 /* one thread does all */
+#endif
 
 /* ---- What differs between processors: read_table fills a register with a table (or
    its repetitions), select(t, i) looks W numbers up, t[the lowest bits of i[e]], and
@@ -39,9 +43,8 @@
 #define W 4
 #define select(t, i) {t[i[0] & 3], t[i[1] & 3], t[i[2] & 3], t[i[3] & 3]}
 #define widen(h) {number((h)[0]), number((h)[1]), number((h)[2]), number((h)[3])}
-/* A float16 has a sign, 5 bits of exponent and 10 of fraction; a float 1, 8 and 23. 13
-   bits further up they stand where a float has them, as the sign does already. The
-   exponents count from -15 and -127, hence 2^112. Infinity and NaN do not occur. */
+/* Exponent (5 bits, from -15) and fraction (10) move to where a float has its own (8,
+   from -127, and 23). The sign is there already; infinity and NaN do not occur. */
 static float number(short half)
 {
     union { unsigned bits; float value; } moved = {(unsigned)half << 13 & 0x8fffe000};
@@ -56,9 +59,9 @@ typedef float table __attribute__((vector_size(4 << 2 * CODES))); /* 16, or 4 */
 
 /* ---- A ternary layer: y = scale * (codes @ x) + bias -------------------------------
 
-   A code takes two bits: 0 is 00, +1 is 01, -1 is 11, and 10 does not occur. Neither
-   unpacking the codes nor multiplying by them would keep up with the memory. Instead,
-   what a code makes of x[i] is looked up in a table whose index is the code itself:
+   A code takes two bits: 0 is 00, +1 is 01, -1 is 11, and 10 does not occur. To unpack
+   and to multiply takes longer than to read a code from memory. Instead, what it makes
+   of x[i] is looked up in a table whose index is the code itself:
 
        code           00     01     10      11
        table entry     0    x[i]   (0)    -x[i]
@@ -69,13 +72,12 @@ typedef float table __attribute__((vector_size(4 << 2 * CODES))); /* 16, or 4 */
        index          0000   0001    0011    0100     0101            0111       ...
        table entry    0      x[i]    -x[i]   x[i+1]   x[i+1]+x[i]   x[i+1]-x[i]  ...
 
-   The tables depend on x alone: they are made once, and serve all rows of the matrix.
-   One look-up and one addition deal with the codes of W rows, which must stand side by
-   side. So a matrix is laid out in blocks of 64 rows: the first 4 bytes, which is one
-   word of 16 codes, of each of the 64 rows, then the next 4 bytes of each, and so on.
-   The lowest bits of a register of words are the indices for the first column (or two).
-   Shifted, they are those for the next; the bits above are no part of an index. After
-   four codes nothing is shifted: the words are read again, one byte further on. */
+   Each thread makes the tables once, for all its rows. One look-up and one addition
+   deal with W rows, whose codes stand side by side: in blocks of 64 rows come the first
+   4 bytes, which is one word of 16 codes, of each row, then the next 4 bytes of each,
+   and so on. The lowest bits of a register of words are the indices for the first
+   column (or two). Shifted, they are those for the next; the bits above do not matter.
+   After four codes nothing is shifted: the words are read again, one byte further. */
 
 enum { ROWS = 64, R = 4 }; /* rows side by side; registers of words, and of sums */
 typedef struct {
@@ -99,13 +101,14 @@ static void add_up(const unsigned char *codes, const volatile table *entries, lo
         for (int r = 0; r < R; r++)
             __builtin_prefetch(codes + 8 * 4 * ROWS + r * sizeof(words));
 
+        #pragma GCC unroll 1
         for (int byte = 0; byte < 4; byte++) {
             /* volatile: what is read is kept in a register, and not read again. */
             words index[R];
             for (int r = 0; r < R; r++)
                 index[r] = *(const volatile words *)(codes + byte + r * sizeof(words));
 
-            #pragma GCC unroll 2
+            #pragma GCC unroll 4
             for (int j = 0; j < 4; j += CODES, entries++) {
                 floats t = read_table(entries);
                 for (int r = 0; r < R; r++) {
@@ -118,11 +121,11 @@ static void add_up(const unsigned char *codes, const volatile table *entries, lo
 }
 
 /* For all threads together. x: (in,); y: (out,), which the result is added to if `adds`
-   is set; tables: room for 8 in floats. out is a multiple of 64, in of 16. */
+   is set; tables: room for 8 in floats a thread. out is a multiple of 64, in of 16. */
 static void multiply(const linear *layer, const float *x, float *y, int adds,
                      table *tables, long out, long in)
 {
-    #pragma omp for
+    tables += omp_get_thread_num() * (in / CODES);
     for (long i = 0; i < in; i += CODES)
         tables[i / CODES] = (table)table_of(x[i], x[i + 1]);
 
@@ -152,7 +155,7 @@ typedef struct { const float *weight, *bias; } norm; /* (width,) each */
 
 static void normalize(const norm *norm, const float *x, float *y, long width)
 {
-    #pragma omp single
+    #pragma omp single /* by one thread; the others wait */
     {
         float sum = 0, squares = 0;
         #pragma omp simd reduction(+ : sum)
@@ -243,8 +246,8 @@ static void half_product(const short *w, const float *x, float *y, long out, lon
                 sums[r] += weights * *(const floats *)(x + i + r * W);
             }
         floats sum = sums[0] + sums[1] + sums[2] + sums[3];
-        y[o] = 0;
-        for (int e = 0; e < W; e++)
+        y[o] = sum[0];
+        for (int e = 1; e < W; e++)
             y[o] += sum[e];
     }
 }
@@ -256,13 +259,12 @@ typedef struct {
 
 typedef struct {
     const short *wte, *wpe, *lm_head; /* float16 (V, C), (S or more, C), (V, C) */
-    norm ln_f;
-    block h[]; /* n_layer of them */
+    norm ln_f; block h[]; /* n_layer of them */
 } gpt;
 
 /* The step of the token at position n. cache: for each layer, as `attend` takes it;
-   logits: (V,), or NULL if nobody asks what follows; work: room for 38 C floats. C is a
-   multiple of 64, and the arrays begin at multiples of 64 bytes. */
+   logits: (V,), or NULL if nobody asks what follows; work: room for 6 C floats and 32 C
+   a thread. C is a multiple of 64, and the arrays begin at multiples of 64 bytes. */
 void token_step(const gpt *model, float *cache, float *logits, float *work, long token,
                 long n, long n_layer, long H, long C, long V, long S, long threads)
 {
@@ -274,10 +276,9 @@ void token_step(const gpt *model, float *cache, float *logits, float *work, long
     #pragma omp parallel num_threads(threads)
     {
         #pragma omp for
-        for (long i = 0; i < C; i += W) {
-            floats of_token = (floats)widen(model->wte + token * C + i);
-            *(floats *)(x + i) = of_token + (floats)widen(model->wpe + n * C + i);
-        }
+        for (long i = 0; i < C; i += W)
+            *(floats *)(x + i) = (floats)widen(model->wte + token * C + i) +
+                                 (floats)widen(model->wpe + n * C + i);
 
         for (long l = 0; l < n_layer; l++) {
             const block *block = &model->h[l];
@@ -292,9 +293,8 @@ void token_step(const gpt *model, float *cache, float *logits, float *work, long
             multiply(&block->c_down, inner, x, 1, tables, C, 4 * C);
         }
 
-        if (logits) {
-            normalize(&model->ln_f, x, y, C);
+        normalize(&model->ln_f, x, y, C);
+        if (logits)
             half_product(model->lm_head, y, logits, V, C);
-        }
     }
 }

@@ -56,7 +56,8 @@ class FastGPT(GPT):
         V, C = self.wte.weight.shape
         cache = torch.empty(len(self.h), 2, 1, H, S, C // H)
         logits = torch.empty(1, V)
-        work = torch.empty(38 * C)
+        threads = torch.get_num_threads()
+        work = torch.empty(6 * C + threads * 32 * C)
 
         # PyTorch reads a long prompt, but for its last token.
         start = 0
@@ -67,14 +68,15 @@ class FastGPT(GPT):
 
         step = fast_linear.c_library().token_step
         model = fast_linear.struct_of(fields)
+        sizes = (len(self.h), H, C, V, S)
         tokens = ids[0].tolist()
         for n in range(start, S - 1):
             # From the last token of the prompt on, it is asked what follows.
             is_asked = n >= T - 1
             asked = logits.data_ptr() if is_asked else None
             places = (cache.data_ptr(), asked, work.data_ptr())
-            sizes = (len(self.h), H, C, V, S, torch.get_num_threads())
-            step(model, *places, tokens[n], n, *sizes)
+            threads = min(threads, torch.get_num_threads())  # fewer after a fork
+            step(model, *places, tokens[n], n, *sizes, threads)
 
             if is_asked:
                 new = tsld.sample(logits, temperature, top_k)

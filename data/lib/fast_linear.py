@@ -107,11 +107,12 @@ class FastLinear(PackedLinear):
         """forward, of one row."""
         row = x.float().contiguous()
         y = row.new_empty(*x.shape[:-1], self.out_features)
-        tables = row.new_empty(8 * self.in_features)
+        threads = torch.get_num_threads()
+        tables = row.new_empty(threads * 8 * self.in_features)
 
         fields = self.fields()
         places = (row.data_ptr(), y.data_ptr(), tables.data_ptr())
-        sizes = (self.out_features, self.in_features, torch.get_num_threads())
+        sizes = (self.out_features, self.in_features, threads)
         c_library().ternary_layer(struct_of(fields), *places, *sizes)
         return y.type_as(x)
 

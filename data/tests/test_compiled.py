@@ -357,7 +357,7 @@ static int check_layer(long out, long in, long threads)
     linear layer = random_linear(out, in);
     float *x = random_floats(in);
     float *y = random_floats(out);
-    float *room = random_floats(8 * in);
+    float *room = random_floats(8 * in * threads);
     ternary_layer(&layer, x, y, (table *)room, out, in, threads);
 
     int wrong = 0;
@@ -393,7 +393,8 @@ static int check_step(long n_layer, long H, long C, long V, long S, long threads
             {random_floats(C), random_floats(C)},
             random_linear(4 * C, C), random_linear(C, 4 * C)};
 
-    float *cache = random_floats(n_layer * 2 * S * C), *work = random_floats(38 * C);
+    float *cache = random_floats(n_layer * 2 * S * C);
+    float *work = random_floats((6 + 32 * threads) * C);
     float *logits = random_floats(V);
     int wrong = 0;
     for (long n = 0; n < S; n++) {

@@ -152,6 +152,24 @@ def uncompiled(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function: function)
 
 
+@pytest.mark.parametrize("is_other", [False, True])
+def test_the_packed_models_text_is_compared_with_that_of_its_weights_in_fp32(
+    is_other, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(decoding, "PROMPT", 2)
+    monkeypatch.setattr(decoding, "GREEDY", 6)
+    if is_other:
+        other = micro_gpt(seed=1, n_embd=64)
+        monkeypatch.setattr(decoding, "unpacked", lambda packed, folder: other)
+    packed = tsld.pack_model(tsld.quantize_model(micro_gpt(n_embd=64)))
+    decoding.compare_with_pytorch(packed, tmp_path)
+    lines = capsys.readouterr().out.splitlines()[2:]
+
+    assert len(lines) == 3
+    assert all(("6 tokens are the same" in line) != is_other for line in lines)
+    assert all((float(line.split()[-3]) < 1e-4) != is_other for line in lines)
+
+
 def test_a_dry_run_on_a_cpu_fills_every_row(capsys, tmp_path, monkeypatch, uncompiled):
     monkeypatch.setattr(gpu, "DRY_SHAPES", {"minute": GPTConfig(64, 17, 1, 1, 4)})
     monkeypatch.setattr(gpu, "DRY_LENGTH", 8)
