@@ -49,14 +49,15 @@ def set_aside(paths):
             os.replace(path, previous(path))
 
 
-def save_checkpoint(path, identity, model, optimizer, step, seconds):
+def save_checkpoint(path, identity, model, optimizer, step, seconds, curve):
     """Writes the state after `step` steps, which took `seconds`. At any moment there is
-    a whole one on disk. identity: plain values that say which run this is. All
-    processes call this, and the first one writes.
+    a whole one on disk. identity: plain values that say which run this is. curve: what
+    was measured so far, a list of [step, value]. All processes call this, and the first
+    one writes.
 
     After the last step the weights are all that anybody needs: the optimizer's averages
     are not kept, nor the checkpoint before."""
-    state = {"identity": identity, "step": step, "seconds": seconds}
+    state = {"identity": identity, "step": step, "seconds": seconds, "curve": curve}
     state["model"] = sharded.get_model_state_dict(model, options=WHOLE)
     is_last = step == identity["steps"]
     if not is_last:
@@ -78,25 +79,28 @@ def save_checkpoint(path, identity, model, optimizer, step, seconds):
 
 
 def load_checkpoint(path, identity, model, optimizer):
-    """Fills model and optimizer. Returns step and seconds; 0 and 0.0 where there is no
-    checkpoint. Raises CheckpointError if it is damaged, foreign, or of another run."""
+    """Fills model and optimizer. Returns step, seconds and curve; 0, 0.0 and [] where
+    there is no checkpoint. Raises CheckpointError if it is damaged, foreign, or of
+    another run."""
     # Between the renames of save_checkpoint there is the previous one alone.
     is_previous = not path.exists()
     if is_previous:
         path = previous(path)
     if not path.exists():
-        return 0, 0.0
+        return 0, 0.0, []
 
     state = read_state(path)
     with refusing(path, FOREIGN):
         found = dict(state["identity"])
         step = int(state["step"])
         seconds = float(state["seconds"])
+        # Earlier versions of this program kept no curve.
+        curve = [[int(at), float(value)] for at, value in state.get("curve", [])]
         names = sorted(found.keys() | identity.keys())
         differing = [name for name in names if found.get(name) != identity.get(name)]
 
     if differing and is_previous:
-        return 0, 0.0  # an earlier run's, which was set aside
+        return 0, 0.0, []  # an earlier run's, which was set aside
     for name in differing:
         values = difference(name, found.get(name), identity.get(name))
         raise CheckpointError(f"{path} is of another run: {values}; delete it")
@@ -109,7 +113,7 @@ def load_checkpoint(path, identity, model, optimizer):
             restore_weights(model, state["model"])
         else:
             restore(model, optimizer, state["model"], state["optimizer"])
-    return step, seconds
+    return step, seconds, curve
 
 
 def difference(name, found, wanted):

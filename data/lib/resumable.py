@@ -76,8 +76,9 @@ def train(
 
     The state is written to `path` now and then, at the end, and when a signal asks to
     stop. resume: whether to go on from there. watch(step, model) is called after each
-    step. measure: a Measure for the progress line. teacher.fingerprint, where there is
-    one, keeps the checkpoints of two teachers' students apart.
+    step. measure: a Measure for the progress line; the checkpoint keeps its curve over
+    the steps. teacher.fingerprint, where there is one, keeps the checkpoints of two
+    teachers' students apart.
 
     Returns the seconds that training took, those before a resume included, and the
     trained model. It is `model` itself; or, where several processes share its weights,
@@ -92,13 +93,14 @@ def train(
     trained = spread(model, device)
     optimizer = tsld.make_optimizer(trained, config)
 
-    start, seconds_before = 0, 0.0
+    start, seconds_before, curve = 0, 0.0, []
     if resume:
-        start, seconds_before = load_checkpoint(path, identity, trained, optimizer)
+        found = load_checkpoint(path, identity, trained, optimizer)
+        start, seconds_before, curve = found
 
     how = shared(choose_backward(trained, teacher, config))
     steps = tsld.train(trained, tokens, config, teacher, optimizer, start, how)
-    line = ProgressLine(label, config, start, measure)
+    line = ProgressLine(label, config, start, measure, curve)
 
     has_checkpoint = start > 0
     began = saved = time.perf_counter()
@@ -116,7 +118,9 @@ def train(
 
                 if stop or is_time or is_last:
                     seconds = seconds_before + now - began
-                    save_checkpoint(path, identity, trained, optimizer, step, seconds)
+                    save_checkpoint(
+                        path, identity, trained, optimizer, step, seconds, line.curve
+                    )
                     saved = time.perf_counter()
                     has_checkpoint = True
 
@@ -168,18 +172,22 @@ def how_to_go_on(step, config, resume):
 class ProgressLine:
     """The line that a training shows: how far it is, its figures, and when it ends."""
 
-    def __init__(self, label, config, start, measure=None):
+    def __init__(self, label, config, start, measure=None, curve=()):
+        """curve: what was measured before `start`, a list of [step, value]."""
         self.label = label
         self.config = config
         self.start = start
         self.measure = measure
         self.measured = ""
+        self.curve = [*curve]
         self.first_step_at = None
 
     def after(self, step, loss, model):
         """The line after a step."""
         if self.measure is not None and self.is_due(step):
-            self.measured = f"{self.measure.name} {self.measure.of(model):.3f}, "
+            value = self.measure.of(model)
+            self.measured = f"{self.measure.name} {value:.3f}, "
+            self.curve.append([step, value])
 
         done = f"step {step}/{self.config.steps}"
         speed = self.speed(step, time.perf_counter())

@@ -15,6 +15,7 @@ from data.tests.helpers import MICRO, TEXT, micro_gpt
 
 BRIEF = tsld.TrainConfig(loss="gt", steps=6, batch_size=2, block_size=8, lr=0.01)
 IDENTITY = asdict(BRIEF) | {"model": asdict(MICRO), "teacher": None}
+CURVE = [[1, 0.75], [3, 0.5]]
 
 
 def trained(steps, seed=1):
@@ -28,7 +29,7 @@ def trained(steps, seed=1):
 def saved(path, steps=3):
     """Writes the checkpoint after a few steps; returns what trained does."""
     model, optimizer = trained(steps)
-    save_checkpoint(path, IDENTITY, model, optimizer, steps, seconds=1.5)
+    save_checkpoint(path, IDENTITY, model, optimizer, steps, seconds=1.5, curve=CURVE)
     return model, optimizer
 
 
@@ -47,13 +48,13 @@ def test_a_checkpoint_has_all_that_a_training_needs_to_go_on(tmp_path):
     path = tmp_path / "state.pt"
     before = saved(path)
     other = trained(0, seed=2)
-    assert load_checkpoint(path, IDENTITY, *other) == (3, 1.5)
+    assert load_checkpoint(path, IDENTITY, *other) == (3, 1.5, CURVE)
     assert_same_state(before, other)
     assert os.listdir(tmp_path) == ["state.pt"]
 
 
 def test_without_a_checkpoint_a_training_begins_at_0(tmp_path):
-    assert load_checkpoint(tmp_path / "state.pt", IDENTITY, *trained(0)) == (0, 0.0)
+    assert load_checkpoint(tmp_path / "state.pt", IDENTITY, *trained(0)) == (0, 0.0, [])
 
 
 def test_a_model_is_its_configuration_or_what_it_prints():
@@ -89,7 +90,7 @@ def test_the_checkpoint_before_is_kept_and_used_when_the_newest_is_gone(tmp_path
 
     path.unlink()
     other = trained(0, seed=2)
-    assert load_checkpoint(path, IDENTITY, *other) == (3, 1.5)
+    assert load_checkpoint(path, IDENTITY, *other) == (3, 1.5, CURVE)
     assert_same_state(before, other)
 
 
@@ -140,7 +141,7 @@ def test_a_process_that_dies_while_saving_leaves_the_last_checkpoint(
         saved(path, steps)
 
     other = trained(0, seed=2)
-    assert load_checkpoint(path, IDENTITY, *other) == (2, 1.5)
+    assert load_checkpoint(path, IDENTITY, *other) == (2, 1.5, CURVE)
     assert_same_state(before, other)
 
 
@@ -177,7 +178,7 @@ def test_an_earlier_runs_checkpoint_that_was_set_aside_is_left_alone(tmp_path):
     model, optimizer = trained(0, seed=2)
     other_run = IDENTITY | {"lr": 0.5}
     path = tmp_path / "state.pt"
-    assert load_checkpoint(path, other_run, model, optimizer) == (0, 0.0)
+    assert load_checkpoint(path, other_run, model, optimizer) == (0, 0.0, [])
     assert not optimizer.state
 
 
