@@ -1340,8 +1340,9 @@ def all_losses(run):
 
 def test_a_run_leaves_results_packed_models_and_checkpoints(one):
     (teacher,) = one.out.glob("teacher-tiny-*.pt")
-    students = ["rounded.packed", "student-tsld.packed", "student-tsld.pt"]
-    assert sorted(os.listdir(one.out)) == ["results.json", *students, teacher.name]
+    files = ["report.html", "report.json", "results.json", "rounded.packed"]
+    files += ["student-tsld.packed", "student-tsld.pt", teacher.name]
+    assert sorted(os.listdir(one.out)) == files
 
 
 def test_results_json_says_what_was_run_and_what_came_out(one, all_losses):
@@ -1437,10 +1438,10 @@ def test_a_teacher_is_trained_once_for_all_students_that_it_fits(run, tmp_path):
 def test_a_run_that_is_cut_off_and_resumed_ends_the_same(run, one, tmp_path):
     save = train_small.resumable.save_checkpoint
 
-    def cut_off(path, identity, model, optimizer, step, seconds):
+    def cut_off(path, identity, model, optimizer, step, *others):
         if "student" in path.name and step == 4:
             raise KeyboardInterrupt
-        save(path, identity, model, optimizer, step, seconds)
+        save(path, identity, model, optimizer, step, *others)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_small.resumable, "CHECKPOINT_SECONDS", 0)

@@ -23,12 +23,14 @@ from data import tasks
 from data.lib import files, resumable, transcript
 from data.lib.checkpoints import architecture, key_of, numbers_of, set_aside
 from data.lib.checks import check_student, quantized_copy, runs_in
-from data.lib.command import exit_code, make_parser, number
+from data.lib.command import check_command, exit_code, make_parser, number
 from data.lib.devices import choose_device, default_dtype
 from data.lib.errors import UserError
 from data.lib.files import fingerprint
 from data.lib.folder import check_folder, check_out, hold
+from data.lib.page import leave_report, write_page
 from data.lib.processes import first_process_first, processes, spread
+from data.lib.report import gather
 from data.lib.resumable import Measure, first_blocks, kl_to_teacher
 from data.lib.scores import (
     count_parameters,
@@ -39,7 +41,7 @@ from data.lib.scores import (
     score_text,
 )
 from data.lib.sources import Source, encode, from_preset, from_transformers, load_texts
-from data.lib.students import export, load_student, write_text
+from data.lib.students import export, load_student, plain_copies, write_text
 from tsld import LOSSES, GPTConfig, TrainConfig
 
 # --------------------------------------------------------------------------------------
@@ -87,10 +89,13 @@ def train_and_compare(setup, out):
     transcript.print_table(rows, setup.args.task, setup.examples)
     transcript.print_lessons(results, sizes)
     models = {"teacher": teacher, "rounded": rounded, name: student}
+    models = plain_copies(models, setup.device)
     transcript.print_texts(setup, models)
     transcript.print_files(out)
     file = out / f"student-{name}.packed"
     transcript.print_next_command(__file__, file, setup)
+    if processes()[0] == 0:
+        leave_report(out, gather(setup, models, paths, results))
 
 
 def quantized(setup, teacher):
@@ -473,13 +478,15 @@ FLAGS = {
         ("prompt", "the", {}, "what the text begins with"),
         ("export", None, {"metavar": ("FILE", "FOLDER"), "nargs": "+"},
          "write a student for transformers; a third word, float16, halves the files"),
+        ("report", None, {"metavar": "FOLDER"}, "make the page of a run again"),
     ],
 }  # fmt: skip
 ALL = {name: default for flags in FLAGS.values() for name, default, _, _ in flags}
 TAKES = {
     "--generate": {"generate", "prompt", "seed", "device", "model"},
     "--export": {"export", "model"},
-    "training": ALL.keys() - {"generate", "prompt", "export"},
+    "--report": {"report"},
+    "training": ALL.keys() - {"generate", "prompt", "export", "report"},
 }
 TRAIN = TAKES["training"]
 
@@ -492,7 +499,7 @@ def parse(argv, takes=None, description=None, **other_defaults):
     found = vars(parser.parse_args(argv))
     flags = {name.replace("_", "-"): value for name, value in found.items()}
     if takes is None:
-        check_command(parser, flags)
+        check_command(parser, flags, TAKES)
 
     values = ALL | other_defaults | flags
     losses = ("logit", "tsld", "all")
@@ -502,7 +509,7 @@ def parse(argv, takes=None, description=None, **other_defaults):
         parser.error(f"--tsld-temperature has no meaning for --loss {values['loss']}")
     if "data" in flags and values["task"]:
         parser.error("--data and --task: name one of them")
-    for name in ("generate", "data", "model", "out", "device"):
+    for name in ("generate", "report", "data", "model", "out", "device"):
         if values[name] == "":
             parser.error(f"--{name} is empty")
 
@@ -514,21 +521,13 @@ def parse(argv, takes=None, description=None, **other_defaults):
     return argparse.Namespace(**{k.replace("-", "_"): v for k, v in values.items()})
 
 
-def check_command(parser, flags):
-    """Raises UserError for a flag that the chosen command does not use."""
-    command = "training"
-    for other in ("generate", "export"):
-        if other in flags:
-            command = f"--{other}"
-    unused = [f"--{name}" for name in flags if name not in TAKES[command]]
-    if unused:
-        parser.error(f"{', '.join(unused)} has no meaning for {command}")
-
-
 def own_command(argv):
     args = parse(argv)
+    args.words = sys.argv[1:] if argv is None else argv
     load_source = partial(from_transformers, args.model, GPT2)
-    if not args.generate and not args.export:
+    if args.report:
+        print(write_page(args.report))
+    elif not args.generate and not args.export:
         run(args)
     elif args.model in PRESETS:
         raise UserError(f"--model is for transformers here, not {args.model}")

@@ -12,11 +12,7 @@ the same files into --out. So a try never changes what the repository shows."""
 import datetime
 import json
 import math
-import platform
-import re
-import shutil
 import statistics
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -27,6 +23,7 @@ import torch
 from data.lib.command import Parser
 from data.lib.files import read_json, write_text
 from data.lib.folder import check_folder
+from data.lib.origin import commit, machine
 
 EVIDENCE = Path(__file__).resolve().parent
 # Flags that say where a command runs and what it goes on with, not what it measures.
@@ -117,30 +114,6 @@ def where_and_when(module):
         "machine": f"{machine()}, torch {torch.__version__}",
         "date": datetime.date.today().isoformat(),
     }
-
-
-def commit():
-    """The first digits of the present commit, or "unknown"."""
-    if not shutil.which("git"):
-        return "unknown"
-    ask = ["git", "-C", str(EVIDENCE), "rev-parse", "--short", "HEAD"]
-    answer = subprocess.run(ask, capture_output=True, text=True)
-
-    return answer.stdout.strip() or "unknown"
-
-
-def machine():
-    """The GPU, or the processor and how many threads torch uses of it."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    processor = platform.machine()
-    path = Path("/proc/cpuinfo")
-
-    if path.exists():
-        model = re.search(r"model name\s*: (.+)", path.read_text())
-        processor = model[1] if model else processor
-
-    return f"{processor}, {torch.get_num_threads()} threads"
 
 
 # --------------------------------------------------------------------------------------

@@ -55,6 +55,17 @@ def make_parser(groups, takes, description, other_defaults):
     return parser
 
 
+def check_command(parser, flags, takes):
+    """Raises UserError for a flag that the chosen command does not use. takes: command
+    -> its flags. Where no flag names another one, it is training."""
+    named = [name for name in takes if name.removeprefix("--") in flags]
+    command = named[-1] if named else "training"
+
+    unused = [f"--{name}" for name in flags if name not in takes[command]]
+    if unused:
+        parser.error(f"{', '.join(unused)} has no meaning for {command}")
+
+
 def exit_code(command, argv):
     """Runs a command, a function of argv. Returns 0; with a line on stderr 2 for what
     the user can mend, 1 for a training that diverged, 130 for one that was stopped."""

@@ -83,6 +83,9 @@ class TransformersTokenizer:
         """The text of some ids, which grows as they do: blanks before signs stay."""
         return self.wrapped.decode(ids, clean_up_tokenization_spaces=False)
 
+    def decode_bytes(self, ids):
+        return self.decode(ids).encode()
+
     def size_before(self, text, ids, count):
         """How many bytes of a text the first `count` of its ids stand for. A text need
         not come back from its tokens as it was, so these are not decoded, unless the

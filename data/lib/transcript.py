@@ -167,17 +167,37 @@ def print_token_weights(teacher, ids, temperature, decode, shown=16):
     print("\n" + "\n".join(lines))
 
 
-def print_samples(models, prompt, length, tokenizer, seed, title):
-    """What each model makes of a prompt, up to the end of the text. models: name ->
-    model. prompt: int64 (T,), on their device. title: says what the prompt is."""
-    text = " ".join(tokenizer.decode(prompt.tolist()).split())
-    print(f"\n{title}: {text}")
+def samples(models, prompt, length, tokenizer, seed, sampling=SAMPLING):
+    """Name -> how that model goes on, up to the end of the text. models: name -> model.
+    prompt: int64 (T,), on their device. sampling: of model.generate."""
+    texts = {}
     for name, model in models.items():
         torch.manual_seed(seed)
-        ids = model.generate(prompt[None], length, **SAMPLING)[0, len(prompt) :]
+        ids = model.generate(prompt[None], length, **sampling)[0, len(prompt) :]
         ids = tasks.up_to(ids.tolist(), tokenizer.end_of_text)
-        text = " ".join(tokenizer.decode(ids).split())
+        texts[name] = " ".join(tokenizer.decode(ids).split())
+    return texts
+
+
+def print_samples(models, prompt, length, tokenizer, seed, title):
+    """What each model makes of a prompt. title: says what the prompt is."""
+    text = " ".join(tokenizer.decode(prompt.tolist()).split())
+    print(f"\n{title}: {text}")
+    for name, text in samples(models, prompt, length, tokenizer, seed).items():
         print(textwrap.fill(f"{name} goes on: {text}", WIDTH))
+
+
+def prompt_of(setup):
+    """What is gone on with: a title, a prompt, int64 (T,), and how many tokens more."""
+    tokenizer, half = setup.source.tokenizer, setup.student.block_size // 2
+    title, prompt = "The validation text begins", setup.tokens["valid"][: min(16, half)]
+    if setup.examples:
+        title = "The first question"
+        question = tokenizer.encode_ordinary(setup.examples[0].prompt)
+        prompt = torch.tensor(question[-half:])
+
+    length = min(48, setup.student.block_size - len(prompt))
+    return title, prompt.to(setup.device), length
 
 
 def print_texts(setup, models):
@@ -192,13 +212,22 @@ def print_texts(setup, models):
         teacher = next(iter(models.values()))
         print_token_weights(teacher, ids, temperature, tokenizer.decode)
 
-    title, prompt = "The validation text begins", ids[: min(16, block_size // 2)]
-    if setup.examples:
-        title = "The first question"
-        question = tokenizer.encode_ordinary(setup.examples[0].prompt)
-        prompt = torch.tensor(question[-(block_size // 2) :], device=setup.device)
-    length = min(48, block_size - len(prompt))
+    title, prompt, length = prompt_of(setup)
     print_samples(models, prompt, length, tokenizer, setup.args.seed, title)
+
+
+def texts_of(setup, models):
+    """What print_texts shows: the prompt, and what each model makes of it by taking the
+    likeliest token each time, and by drawing as print_texts does."""
+    title, prompt, length = prompt_of(setup)
+    tokenizer, seed = setup.source.tokenizer, setup.args.seed
+    greedy = {"temperature": 0.0}
+    return {
+        "title": title,
+        "prompt": " ".join(tokenizer.decode(prompt.tolist()).split()),
+        "greedy": samples(models, prompt, length, tokenizer, seed, greedy),
+        "sampled": samples(models, prompt, length, tokenizer, seed),
+    }
 
 
 def print_files(out):

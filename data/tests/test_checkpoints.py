@@ -105,7 +105,7 @@ def test_a_finished_training_keeps_its_weights_alone(tmp_path):
     assert path.stat().st_size < 0.5 * unfinished
 
     other, optimizer = trained(0, seed=2)
-    assert load_checkpoint(path, IDENTITY, other, optimizer) == (6, 1.5)
+    assert load_checkpoint(path, IDENTITY, other, optimizer) == (6, 1.5, CURVE)
     weights = before[0].state_dict()
     for name, tensor in other.state_dict().items():
         assert torch.equal(tensor, weights[name]), name

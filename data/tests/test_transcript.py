@@ -365,7 +365,7 @@ def test_the_next_command_works_from_where_the_user_stands(
     monkeypatch.chdir(tmp_path / folder)
     printed = run([*tiny, "--out", out], capsys)
 
-    line = printed.splitlines()[-1]
+    line = printed.splitlines()[-2]
     python, program, *argv = shlex.split(line.removeprefix("more text: "))
     assert python == "python"
     assert Path(program).samefile(train_small.__file__)
