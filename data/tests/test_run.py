@@ -283,7 +283,7 @@ def test_four_bits_have_a_rate_of_their_own_and_leave_a_file_to_use(
     perplexity = math.exp(tsld.evaluate(student, torch.tensor(ids), 16))
     assert row["student_ppl"] == pytest.approx(perplexity, rel=2e-3)
 
-    argv = shlex.split(printed.splitlines()[-1].removeprefix("more text: "))
+    argv = shlex.split(printed.splitlines()[-2].removeprefix("more text: "))
     assert run([*argv[2:], "--device", "cpu"], capsys).startswith(argv[-1])
 
     preset = train_small.PRESETS["tiny"]
@@ -596,7 +596,7 @@ def test_a_model_of_transformers_is_trained_with_its_own_tokenizer(
     printed = run([*flags, *tiny], capsys)
     assert f"student, {loss}: 3 steps" in printed
     assert "2 layers x 12" in printed
-    argv = shlex.split(printed.splitlines()[-1].removeprefix("more text: "))
+    argv = shlex.split(printed.splitlines()[-2].removeprefix("more text: "))
     assert argv[4:6] == ["--model", str(opt)]
     assert run([*argv[2:], "--device", "cpu"], capsys).startswith(argv[-1])
 
