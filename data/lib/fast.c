@@ -2,8 +2,8 @@
    (ternary_layer), and the step of one token through a whole GPT (token_step).
 
    A register holds W numbers. The vector types of GCC and clang stand for one: if a and
-   b are `floats`, a + b is W sums in one instruction. "omp parallel" starts threads, and
-   "omp for" gives each a part of a loop and goes on when all are done. */
+   b are `floats`, a + b is W sums in one instruction. "omp parallel" starts threads,
+   and "omp for" gives each a part of a loop and goes on when all are done. */
 
 #include <math.h>
 #ifdef _OPENMP
