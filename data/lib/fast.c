@@ -93,9 +93,10 @@ typedef struct {
 #define table_of(a, b) {0, a, 0, -a}
 #endif
 
-/* The sums of 4 W rows, from the first of their codes on. */
-static void add_up(const unsigned char *codes, const volatile table *entries, long in,
-                   floats sums[R])
+/* The sums of 4 W rows, from the first of their codes on. Inlined, for in a function of
+   its own the sums would be in memory, where others could see them. */
+static inline __attribute__((always_inline)) void add_up(
+    const unsigned char *codes, const volatile table *entries, long in, floats sums[R])
 {
     for (long i = 0; i < in; i += 16, codes += 4 * ROWS) {
         for (int r = 0; r < R; r++)
@@ -103,8 +104,7 @@ static void add_up(const unsigned char *codes, const volatile table *entries, lo
 
         #pragma GCC unroll 1
         for (int byte = 0; byte < 4; byte++) {
-            /* volatile: what is read is kept in a register, and not read again. */
-            words index[R];
+            words index[R]; /* volatile: what is read stays in a register */
             for (int r = 0; r < R; r++)
                 index[r] = *(const volatile words *)(codes + byte + r * sizeof(words));
 
