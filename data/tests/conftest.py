@@ -5,15 +5,29 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
 
 import socket
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from data import texts
-from data.tests.helpers import WORDS, sha256, tiny_preset
+from data.tests.helpers import WORDS, Beside, sha256, tiny_preset
 
 # The tensors here are tiny: two threads would only wait for one another.
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish(session):
+    """Starts what runs beside the tests that have been chosen."""
+    if session.config.option.collectonly:
+        return
+
+    pool = ThreadPoolExecutor(1)
+    chosen = {item.module.__name__ for item in session.items}
+    for function in Beside.functions:
+        if function.module in chosen:
+            function.start(pool)
+
 
 HERE_ALONE = (None, "", b"", "localhost", "127.0.0.1", "::1")
 

@@ -10,6 +10,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -240,6 +241,28 @@ def run_together(program, *arguments, torchrun=False, **environment):
         both.append(process)
     printed = [process.communicate(timeout=120) for process in both]
     return subprocess.CompletedProcess(command, both[0].returncode, *printed[0])
+
+
+class Beside:
+    """A function of an empty folder that waits for other processes. It runs beside the
+    tests, from before the first one on; whoever calls it gets what it returned.
+
+    The tests need one core, and the machine has two."""
+
+    functions = []
+
+    def __init__(self, function):
+        self.function = function
+        self.module = function.__module__
+        self.running = None
+        self.functions.append(self)
+
+    def start(self, pool):
+        self.folder = tempfile.TemporaryDirectory()
+        self.running = pool.submit(self.function, Path(self.folder.name))
+
+    def __call__(self):
+        return self.running.result()
 
 
 # --------------------------------------------------------------------------------------

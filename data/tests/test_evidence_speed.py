@@ -20,6 +20,7 @@ from data.lib.files import save_packed
 from data.tests.helpers import (
     MICRO,
     ROOT,
+    Beside,
     has_loopback,
     micro_gpt,
     refused,
@@ -305,19 +306,24 @@ def test_memory_on_paper_is_that_of_a_real_file(tmp_path):
     assert os.path.getsize(path) == pytest.approx(on_paper["packed"], rel=0.02)
 
 
-@needs_memory
-def test_memory_on_paper_is_that_of_a_measured_step():
-    sizes = ((2, 2), (6, 16))
+MEASURED = ((2, 2), (6, 16))
+
+
+@Beside
+def measured_steps(folder):
     code = "import torch\nfrom data.evidence.speed import training\n"
     code += "torch.set_num_threads(1)\n"
 
-    for layers, batch in sizes:
+    for layers, batch in MEASURED:
         shape = (layers, 128, 4, 2048, batch, 128)
         code += f"training.step_memory({shape}, ('tsld', 'float32'))\n"
+    return subprocess.check_output([sys.executable, "-c", code], cwd=ROOT)
 
-    printed = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT)
-    small, large = map(int, printed.split())
-    on_paper = difference_on_paper(128, 2048, sizes)
+
+@needs_memory
+def test_memory_on_paper_is_that_of_a_measured_step():
+    small, large = map(int, measured_steps().split())
+    on_paper = difference_on_paper(128, 2048, MEASURED)
 
     assert large - small == pytest.approx(on_paper, rel=0.2)
 
@@ -348,15 +354,18 @@ for layers, batch in {SIZES}:
 """
 
 
-@needs_memory
-@pytest.mark.skipif(not has_loopback(), reason="no loopback network")
-def test_memory_on_paper_of_two_gpus_is_that_of_two_processes(tmp_path):
-    program = tmp_path / "memory.py"
-    program.write_text(TRAINING_OF_TWO)
+@Beside
+def memory_of_two(folder):
+    (folder / "memory.py").write_text(TRAINING_OF_TWO)
 
     # Without it glibc keeps much of what is freed, in pieces too small to use again.
-    together = run_together(program, MALLOC_MMAP_THRESHOLD_="65536")
-    small, large = map(int, together.stdout.split())
+    return run_together(folder / "memory.py", MALLOC_MMAP_THRESHOLD_="65536")
+
+
+@needs_memory
+@pytest.mark.skipif(not has_loopback(), reason="no loopback network")
+def test_memory_on_paper_of_two_gpus_is_that_of_two_processes():
+    small, large = map(int, memory_of_two().stdout.split())
     on_paper = difference_on_paper(128, 2048, gpus=2)
 
     assert large - small == pytest.approx(on_paper, rel=0.15)

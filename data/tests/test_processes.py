@@ -17,6 +17,7 @@ from data.lib.progress import TrainingStopped
 from data.tests.helpers import (
     ROOT,
     TEXT,
+    Beside,
     has_loopback,
     micro_gpt,
     micro_ids,
@@ -80,17 +81,21 @@ def in_two_processes(folder):
         (folder / f"{rank}.json").write_text(json.dumps(found))
 
 
-@pytest.fixture(scope="module")
-def together(tmp_path_factory):
-    """The folder of two processes, what each of them found, and what was printed."""
-    if not has_loopback():
-        pytest.skip("no loopback network")
-    folder = tmp_path_factory.mktemp("together")
+@Beside
+def run_of_two(folder):
+    """The folder, and the run of two processes that leave files in it."""
     program = "import pathlib, sys; from data.tests import test_processes\n"
     program += "test_processes.in_two_processes(pathlib.Path(sys.argv[1]))\n"
     (folder / "program.py").write_text(program)
+    return folder, run_together(folder / "program.py", folder, torchrun=True)
 
-    run = run_together(folder / "program.py", folder, torchrun=True)
+
+@pytest.fixture(scope="module")
+def together():
+    """The folder of two processes, what each of them found, and what was printed."""
+    if not has_loopback():
+        pytest.skip("no loopback network")
+    folder, run = run_of_two()
     assert run.returncode == 0, run.stderr
     found = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
     return folder, found, run.stdout
@@ -157,13 +162,18 @@ def test_a_signal_to_one_stops_both_and_one_alone_resumes(together, tmp_path):
     assert_checkpoints_close(tmp_path / "resumed.pt", folder / "tsld.pt")
 
 
-def test_an_error_is_said_once_and_is_the_last_line_of_torchruns_report(tmp_path):
+@Beside
+def run_of_two_without_a_text(folder):
+    flags = ["--data", folder / "nowhere.txt", "--device", "cpu"]
+    return folder, run_together(ROOT / "train_small.py", *flags, torchrun=True)
+
+
+def test_an_error_is_said_once_and_is_the_last_line_of_torchruns_report():
     if not has_loopback():
         pytest.skip("no loopback network")
-    flags = ["--data", tmp_path / "nowhere.txt", "--device", "cpu"]
-    run = run_together(ROOT / "train_small.py", *flags, torchrun=True)
+    folder, run = run_of_two_without_a_text()
 
-    line = f"error: --data {tmp_path / 'nowhere.txt'}: No such file or directory"
+    line = f"error: --data {folder / 'nowhere.txt'}: No such file or directory"
     assert run.returncode != 0
     assert run.stderr.splitlines().count(line) == 1
     *_, last, border = run.stderr.splitlines()
