@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from data.lib import compiled, fast, fast_linear
-from data.tests.helpers import ROOT, micro_ids
+from data.tests.helpers import ROOT, Beside, micro_ids
 from data.tests.test_fast import (
     check_product,
     check_stream,
@@ -316,14 +316,17 @@ print(os.waitstatus_to_exitcode(os.wait()[1]))
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
-def test_a_forked_process_multiplies_too_and_threads_need_little_stack(has_compiler):
+@Beside
+def forked(folder):
     environment = {**os.environ, "OMP_NUM_THREADS": "2", "OMP_STACKSIZE": "64K"}
-    printed = subprocess.check_output(
+    return subprocess.check_output(
         [sys.executable, "-c", FORK], cwd=ROOT, env=environment, timeout=60
     )
 
-    assert printed.strip() == b"0"
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_forked_process_multiplies_too_and_threads_need_little_stack(has_compiler):
+    assert forked().strip() == b"0"
 
 
 # Every array has just the size that fast.c asks for.

@@ -18,7 +18,7 @@ from data.lib import checkpoints, lean, resumable
 from data.lib.files import fingerprint, read_checked, write_checked
 from data.lib.progress import TrainingStopped
 from data.lib.resumable import Measure, ProgressLine, kl_to_teacher
-from data.tests.helpers import ROOT, TEXT, micro_gpt, micro_ids, softmax64
+from data.tests.helpers import ROOT, TEXT, Beside, micro_gpt, micro_ids, softmax64
 
 CPU = torch.device("cpu")
 BRIEF = tsld.TrainConfig(loss="tsld", steps=6, batch_size=2, block_size=8, lr=0.01)
@@ -223,16 +223,19 @@ def train_and_die(path):
     train(path)
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no kill -9")
-def test_a_killed_training_resumed_ends_with_the_very_same_weights(
-    undisturbed, tmp_path
-):
-    path = tmp_path / "state.pt"
+@Beside
+def killed_training(folder):
+    """The file that it leaves, and how it ended."""
+    path = folder / "state.pt"
     program = "import pathlib, sys; from data.tests import test_resumable;"
     program += "test_resumable.train_and_die(pathlib.Path(sys.argv[1]))"
     command = [sys.executable, "-c", program, str(path)]
-    killed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return path, subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no kill -9")
+def test_a_killed_training_resumed_ends_with_the_very_same_weights(undisturbed):
+    path, killed = killed_training()
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert read_checked(path)["step"] == 2
     assert_equal(train(path, resume=True), undisturbed)
