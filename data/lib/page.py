@@ -11,9 +11,9 @@ from data.lib.errors import UserError
 from data.lib.pictures import (
     PICTURES,
     curves,
-    growth,
     matrix,
     positions,
+    quarters,
     table,
     text,
 )
@@ -54,15 +54,14 @@ def make_page(numbers):
     """The page, from what report.gather returns."""
     sequence, texts, made = numbers["sequence"], numbers["texts"], numbers["made"]
     parts = {
-        "title": f"What rounding to {numbers['results'][-1]['bits']} bits did",
+        "title": f"Rounded to {numbers['results'][-1]['bits']} bits, and trained back",
         "sentence": sentence(numbers["results"][-1]),
         "lesson": " ".join(numbers["lesson"]),
         "scores": scores(numbers["results"], numbers["curves"]),
         "curves": curves(numbers["curves"]),
         "sequences": str(numbers["sequences"]),
         "positions": positions(numbers),
-        "growth_rounded": growth(numbers["rounded"]),
-        "growth_student": growth(numbers["student"]),
+        "growth": growths(numbers["rounded"], numbers["student"]),
         "hurt": most_hurt(sequence),
         "matrix": matrix(numbers["matrix"]),
         "begins": texts["title"],
@@ -93,7 +92,7 @@ def perplexity(value):
 
 
 def percent(share):
-    return f"{share:.0%}" if share >= 0.005 else "< 1%"
+    return f"{share:.1%}"
 
 
 def temperature(tau):
@@ -111,10 +110,12 @@ def sentence(row):
     packed, whole = row["bytes_packed"] / 1e6, row["bytes_fp32"] / 1e6
 
     return (
-        f"Rounding to {row['bits']} bits took the teacher’s perplexity from "
+        "A language model was trained, the teacher. "
+        f"Rounding its weights to {row['bits']} bits took the perplexity from "
         f"{perplexity(row['teacher_ppl'])} to "
         f'<em class="bad">{perplexity(row["ptq_ppl"])}</em>; '
-        "a student that was trained with the rounding in place has "
+        "a student, trained with the rounding in place to predict what the teacher "
+        "does, has "
         f'<em class="good">{perplexity(row["student_ppl"])}</em>{won}, '
         f"in a file of {packed:,.2f} MB instead of {whole:,.2f} MB."
     )
@@ -205,11 +206,15 @@ def extremes(sequence):
     words = [
         f"“{text(t.strip())}” {c:.2f}" for t, c in zip(sequence["tokens"], of_token)
     ]
-    most = ", ".join(words[n] for n in order[:-4:-1])
-    least = ", ".join(words[n] for n in order[:3])
+
+    # A token that comes twice is named once.
+    most = ", ".join([*dict.fromkeys(words[n] for n in reversed(order))][:3])
+    least = ", ".join([*dict.fromkeys(words[n] for n in order)][:3])
     tau = temperature(float(sequence["temperature"]))
-    sizes = f"{len(order)} tokens of a sequence of {len(sequence['weights'])}"
-    return f"{sizes}, at τ = {tau}. Most: {most}. Least: {least}."
+    length = len(sequence["weights"])
+    sizes = f"All {length}" if len(order) == length else f"{len(order)} of the {length}"
+    start = f"{sizes} tokens that are predicted in one sequence; the grey one is read."
+    return f"{start} At τ = {tau} count most: {most}; least: {least}."
 
 
 def for_script(sequence, notches, marks):
@@ -242,11 +247,20 @@ def most_hurt(sequence):
         row = [f"<bdi>{text(before)}<strong>{token}</strong></bdi>"]
         for model in sequence["models"]:
             guess, share = text(model["guesses"][n][0]), model["shares"][n][0]
-            row.append(f"<bdi>{guess}</bdi> {percent(share)}")
+            row.append(f"“<bdi>{guess}</bdi>” {percent(share)}")
         rows.append([*row, f"{distances[1][n]:.2f}", f"{distances[2][n]:.2f}"])
 
-    head = ["token", "teacher’s guess", "rounded’s", "student’s"]
+    head = ["what came (bold)", "teacher’s guess", "rounded’s", "student’s"]
     return table([*head, "KL, rounded", "KL, student"], rows)
+
+
+def growths(rounded, student):
+    """Whether errors add up along the sequence, in words."""
+    first, last = quarters(rounded)
+    found = "They do" if last > 1.05 * first else "Here they do not"
+    words = f"{found}: the rounded teacher is {first:.2f} nats off in the first quarter"
+    words += f" of a sequence and {last:.2f} in the last, the student "
+    return words + "{:.3f} and {:.3f}.".format(*quarters(student))
 
 
 # --------------------------------------------------------------------------------------

@@ -147,11 +147,10 @@ def positions(numbers):
     return chart(lines, title, "position in the sequence")
 
 
-def growth(values):
-    """The last quarter's mean over the first quarter's, in print."""
-    quarter = max(1, len(values) // 4)
-    first, last = sum(values[:quarter]), sum(values[-quarter:])
-    return f"{last / first:.2f}" if first > 0 else "1"
+def quarters(values):
+    """The means of the first and of the last quarter."""
+    size = max(1, len(values) // 4)
+    return sum(values[:size]) / size, sum(values[-size:]) / size
 
 
 # --------------------------------------------------------------------------------------
@@ -177,11 +176,12 @@ def matrix(found):
         parts += histogram(weights) + codes + "</div>"
     return (
         f"<p><code>{text(found['name'])}</code> has {rows:,} × {columns:,} weights. "
-        "Training keeps all weights in full precision (the hills). The model computes "
-        "with three values alone: a weight between −Δ and Δ becomes 0, any other −α or "
-        f"α.{shared} Below is its corner as the model sees it: orange is −α, grey 0, "
-        f"blue α. Training changed {found['changed']:.1%} of all codes, those with a "
-        f'dot.</p><div class="pair">{parts}</div>'
+        "Training keeps all weights in full precision (the histograms). The model "
+        "computes with three values alone: a weight between −Δ and Δ becomes 0, any "
+        f"other −α or α.{shared} Below are its first rows and columns as the model "
+        "sees them: orange is −α, grey 0, blue α. Training moved "
+        f"{found['changed']:.1%} of the matrix’s weights to another of the three "
+        f'values; here they have a dot.</p><div class="pair">{parts}</div>'
     )
 
 
@@ -200,14 +200,15 @@ def histogram(weights):
 
     for sign, share in zip((-1, 0, 1), weights["shares"]):
         place = 50 + 50 * sign * alpha / limit
-        name = {-1: "−α", 0: "0", 1: "α"}[sign]
+        name = {-1: "−α", 0: "0", 1: f"α {alpha:.3f}"}[sign]
         drawn += f'<path class="stem" d="M{place:.2f} 100V0"/>'
         words = f"{name}<br>{share:.0%}"
         marks += f'<span class="x" style="left:{place:.2f}%">{words}</span>'
     for sign, name in ((-1, "−Δ"), (1, "Δ")):
         place = 50 + 50 * sign * delta / limit
         drawn += f'<path class="edge" d="M{place:.2f} 100V0"/>'
-        marks += f'<span class="top" style="left:{place:.2f}%">{name}</span>'
+        value = f" {delta:.3f}" if sign > 0 else ""
+        marks += f'<span class="top" style="left:{place:.2f}%">{name}{value}</span>'
 
     shares = ", ".join(f"{share:.1%}" for share in weights["shares"])
     alt = f"Histogram. Delta is {delta:.3g}, alpha {alpha:.3g}; the shares of minus "
