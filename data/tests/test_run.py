@@ -32,6 +32,7 @@ from data.tests.helpers import (
     QUESTIONS,
     ROOT,
     WORDS,
+    Beside,
     has_loopback,
     micro_gpt,
     nats_of_choice,
@@ -541,19 +542,28 @@ sys.exit(train_small.main(sys.argv[1:]))
 """
 
 
+@Beside
+def run_of_two(folder):
+    """The folder, the flags but for --out, and how the run ended."""
+    (folder / "together.py").write_text(TOGETHER)
+    (folder / "text.txt").write_bytes((WORDS * 40).encode())
+    flags = ["--dtype", "float32", "--device", "cpu"]
+    flags += ["--data", str(folder / "text.txt")]
+    out = ["--out", str(folder / "out")]
+    return folder, flags, run_together(folder / "together.py", *flags, *out)
+
+
 @pytest.mark.skipif(not has_loopback(), reason="no loopback network")
-def test_two_processes_make_the_files_and_the_table_of_one(tiny, capsys, tmp_path):
-    (tmp_path / "together.py").write_text(TOGETHER)
-    flags = ["--dtype", "float32", *tiny]
-    together = run_together(tmp_path / "together.py", *flags)
+def test_two_processes_make_the_files_and_the_table_of_one(tiny, capsys):
+    folder, flags, together = run_of_two()
     assert together.returncode == 0, together.stderr
 
     # The first process alone prints.
     for title in ("corpus", "model", "results", "more text"):
         assert len(re.findall(f"^{title}: ", together.stdout, re.M)) == 1
 
-    run([*flags, "--out", str(tmp_path / "alone")], capsys)
-    folders = tmp_path / "out", tmp_path / "alone"
+    run([*flags, "--out", str(folder / "alone")], capsys)
+    folders = folder / "out", folder / "alone"
     names = [{path.name for path in folder.iterdir()} for folder in folders]
     assert names[0] == names[1]
 
