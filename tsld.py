@@ -113,6 +113,7 @@ def per_token_terms(student_logits, teacher_logits, targets):
     shapes = [tuple(t.shape) for t in (student_logits, teacher_logits, targets)]
     if shapes[0] != shapes[1] or shapes[0][:-1] != shapes[2]:
         raise ValueError(f"student, teacher and targets do not fit: {shapes}")
+
     ignored = targets == -100
     y = targets.masked_fill(ignored, 0)
     check_ids(y, student_logits.shape[-1])
@@ -766,6 +767,7 @@ def evaluate(model, tokens, block_size):
     if tokens.dim() != 1 or len(tokens) < 2 or block_size < 1:
         sizes = f"{tuple(tokens.shape)} in blocks of {block_size}"
         raise ValueError(f"a text has 2 tokens or more, not {sizes}")
+
     tokens = tokens.to(next(model.parameters(), tokens).device)
 
     # The last block is filled up with targets of -100, which cross_entropy skips.
