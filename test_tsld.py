@@ -669,7 +669,7 @@ def test_generation_has_no_dropout_and_leaves_the_mode_as_it_was(training):
 
 def test_what_does_not_fit_the_block_or_cannot_be_drawn_is_refused():
     model = micro_gpt().train()
-    with refused("9 tokens exceed block_size 8"):
+    with refused("exceed block_size: places 0 to 9 of 8"):
         model(random_ids(1, 9))
     for T, start in ((1, 8), (9, 0), (2, 1)):
         cache = torch.zeros(2, 1, 2, 8, 6)

@@ -506,8 +506,9 @@ class GPT(nn.Module):
     def embed(self, ids, start=0):
         """ids (B, T), at positions from `start` on -> (B, T, C)."""
         end = start + ids.shape[1]
-        if end > self.config.block_size:
-            raise ValueError(f"{end} tokens exceed block_size {self.config.block_size}")
+        if start < 0 or end > self.config.block_size:
+            places = f"places {start} to {end} of {self.config.block_size}"
+            raise ValueError(f"the tokens exceed block_size: {places}")
         check_ids(ids, self.config.vocab_size)
 
         dtype = self.ln_f.weight.dtype  # a loaded model has its embeddings in float16

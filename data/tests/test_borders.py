@@ -70,6 +70,16 @@ def test_padding_takes_no_share_of_the_token_scale():
         assert (scale[0, :4] > 0).all()
 
 
+def test_one_token_that_counts_has_the_whole_weight():
+    terms = tsld.per_token_terms(*batch_of([1]))
+    assert tsld.distillation_loss("gt", terms).item() == terms.ce_student[0, 0].item()
+    assert tsld.tsld_loss(terms).item() == terms.kd[0, 0].item()
+
+
+def test_a_batch_without_sequences_has_no_terms():
+    assert [t.shape for t in tsld.per_token_terms(*batch_of([]))] == [(0, 6)] * 3
+
+
 def test_a_vocabulary_that_both_models_mask_counts_0():
     """As if the masked entries were not there."""
     student, teacher, targets = batch_of([6, 6])
@@ -230,6 +240,17 @@ def test_settings_of_0_are_refused_with_their_values(changes):
         next(tsld.train(micro_gpt(), TEXT, config, micro_gpt()))
 
 
+def test_blocks_of_one_token_are_trained_on_and_scored():
+    config = tsld.TrainConfig(steps=1, batch_size=2, block_size=1)
+    model = micro_gpt()
+    assert len(list(tsld.train(model, TEXT, config, micro_gpt(1)))) == 1
+
+    # Each token is predicted from the one before it alone.
+    logits = model(TEXT[:-1, None])[:, 0].double().detach()
+    expected = -logits.log_softmax(-1)[range(len(TEXT) - 1), TEXT[1:]].mean().item()
+    assert math.isclose(tsld.evaluate(model, TEXT, 1), expected, rel_tol=1e-5)
+
+
 def test_a_text_in_blocks_of_0_is_refused():
     with refused("blocks of 0"):
         tsld.evaluate(micro_gpt(), TEXT, 0)
@@ -266,6 +287,11 @@ def test_each_modules_mode_is_left_as_it_was_even_after_an_error():
     with refused("0 to 16"):
         model.generate(micro_ids(1, 3) + 50, 2)
     assert modes(model) == before
+
+
+def test_a_negative_place_is_refused():
+    with refused("places -1 to 0 of 8"):
+        micro_gpt().hidden(micro_ids(1, 1), start=-1)
 
 
 # --------------------------------------------------------------------------------------
