@@ -8,13 +8,13 @@ import torch
 import tsld
 from data.lib import transcript
 from data.lib.origin import how_it_was_made
+from data.lib.page import FORMAT, PAPERS
 from data.lib.resumable import first_blocks, kl_to_teacher
 
 READ = 4096  # tokens of the validation text that the models are compared on
 SHOWN = 256  # most tokens that are shown one by one
 CORNER = 32  # rows and columns of a matrix that are shown one by one
 BINS = 60  # of a histogram
-PAPERS = 10.0  # the temperature of the paper's experiments
 
 
 @torch.no_grad()
@@ -37,7 +37,7 @@ def gather(setup, models, paths, results):
         curves[transcript.describe(config)] = [[0, start], *state["curve"]]
 
     numbers = {
-        "format": 1,
+        "format": FORMAT,
         "results": results,
         "lesson": transcript.lesson_of_labels(results[-1]),
         "sequence": look_at_sequence(setup, models, ids[:1], targets[:1]),
