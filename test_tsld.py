@@ -23,6 +23,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -290,21 +291,27 @@ def random_trace(seed, n_layer=2, B=2, H=3, T=4, dtype=torch.float32):
     return tsld.Trace(None, states, scores)
 
 
+def layers64(student, teacher, counted):
+    """Σ MSE of states and scores. counted: the positions (b, n) that count."""
+    total = 0.0
+    for s, t in zip(student.hidden_states, teacher.hidden_states):
+        squares = (s.double() - t.double()).square()
+        total += sum(squares[b, n].mean().item() for b, n in counted) / len(counted)
+    for s, t in zip(student.attention_scores, teacher.attention_scores):
+        squares = (s.double() - t.double()).square()
+        seen = [squares[b, :, n, m].mean() for b, n in counted for m in range(n + 1)]
+        total += sum(seen).item() / len(seen)
+    return total
+
+
 @each("B, H, dtype", [(2, 3, torch.float32), (1, 1, torch.bfloat16)])
 def test_l2l_adds_the_mse_of_states_and_of_scores_that_attention_sees(B, H, dtype):
     student = random_trace(0, B=B, H=H, dtype=dtype)
     teacher = random_trace(100, B=B, H=H, dtype=dtype)
-    expected = 0.0
-    for s, t in zip(student.hidden_states, teacher.hidden_states):
-        expected += (s.double() - t.double()).square().mean().item()
-    for s, t in zip(student.attention_scores, teacher.attention_scores):
-        squares = (s.double() - t.double()).square()
-        seen = [squares[..., n, m].mean() for n in range(4) for m in range(n + 1)]
-        expected += sum(seen).item() / 10  # 4 (4 + 1) / 2 of 4 · 4
-
+    everywhere = list(itertools.product(range(B), range(4)))
     loss = tsld.layer_to_layer_loss(student, teacher)
     assert loss.dtype == torch.float32
-    assert_close(loss, expected)
+    assert_close(loss, layers64(student, teacher, everywhere))
 
     # Its gradient reaches all of the student's layers, and none of the teacher's.
     loss.backward()
@@ -313,10 +320,25 @@ def test_l2l_adds_the_mse_of_states_and_of_scores_that_attention_sees(B, H, dtyp
             assert (tensor.grad is not None) == (trace is student)
 
 
+def test_l2l_does_not_count_the_positions_of_padding():
+    student, teacher = random_trace(0), random_trace(100)
+    targets = torch.tensor([[1, 2, 3, -100], [4, -100, 5, -100]])
+    loss = tsld.layer_to_layer_loss(student, teacher, targets)
+    counted = [(0, 0), (0, 1), (0, 2), (1, 0), (1, 2)]
+    assert_close(loss, layers64(student, teacher, counted))
+
+    loss.backward()
+    assert not student.hidden_states[0].grad[targets == -100].any()
+    nothing = torch.full_like(targets, -100)
+    assert tsld.layer_to_layer_loss(student, teacher, nothing) == 0
+
+
 def test_l2l_of_models_of_two_shapes_is_refused():
     student = random_trace(0)
-    with refused("one shape"):
+    with refused(r"do not fit: \[\(2, 4, 6\), \(2, 1, 6\), \(2, 4\)\]"):
         tsld.layer_to_layer_loss(student, random_trace(100, T=1))
+    with refused("do not fit"):
+        tsld.layer_to_layer_loss(student, random_trace(100), torch.zeros(2, 3))
 
     deeper, without = (
         random_trace(100, n_layer=3),
@@ -491,11 +513,36 @@ def test_a_model_whose_layers_cannot_be_replaced_is_refused_by_name():
     for model, words in (
         (encoder, "self_attn.out_proj is a NonDynamicallyQuantizableLinear"),
         (nn.ModuleDict({"head": nn.Linear(2, 2)}), "ModuleDict holds no"),
-        (nn.Linear(2, 2), "Linear holds no"),
     ):
         with refused(words):
             tsld.quantize_model(model)
     assert type(encoder.linear1) is nn.Linear  # before any change
+
+
+class Experts(nn.Module):
+    """Weights in matrices: 40 quantized, 60 in no layer, the others expected to stay."""
+
+    def __init__(self):
+        super().__init__()
+        self.wte = nn.Embedding(9, 2)
+        self.router = nn.Linear(4, 10)
+        self.experts = nn.Parameter(torch.randn(3, 4, 5))
+        self.norm = nn.LayerNorm((2, 4))
+        self.gate = nn.Linear(1, 1)
+        self.lm_head = nn.Linear(2, 9)
+
+
+def test_matrices_that_stay_exact_are_named_in_a_warning_with_their_share():
+    with pytest.warns(UserWarning) as caught:
+        tsld.quantize_model(Experts(), skip=["gate"])
+    (warning,) = caught
+    assert warning.filename == __file__  # the caller's line
+    message = "60.0% of the matrix weights keep full precision: experts"
+    assert str(warning.message) == message
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tsld.quantize_model(micro_gpt())
 
 
 # ---- 3. GPT --------------------------------------------------------------------------

@@ -56,6 +56,8 @@ keep device and dtype unless a docstring says otherwise. Bad arguments raise Val
 
 import math
 import os
+import tempfile
+import warnings
 import zipfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, is_dataclass
@@ -179,32 +181,40 @@ class Trace(NamedTuple):
     attention_scores: list  # n_layer of (B, H, T, T): q·k/√d, before mask and softmax
 
 
-def layer_to_layer_loss(student_trace, teacher_trace):
+def layer_to_layer_loss(student_trace, teacher_trace, targets=None):
     """What L2L adds to the logits' loss, a float32 scalar without a unit (not nats):
 
         Σ MSE(hidden states)  +  Σ MSE(attention scores)
 
-    It compares 2 n_layer + 1 pairs of tensors at all T positions, padding too; of the
-    scores only the T (T + 1) / 2 that the causal mask lets through. No gradient flows
-    into the teacher. In a decoder L2L is a poor guide: each layer has to copy its
-    teacher's, and nothing says which of the errors reach the logits and add up there.
-    """
+    It compares 2 n_layer + 1 pairs of tensors; of the scores only the T (T + 1) / 2
+    that the causal mask lets through. Positions whose targets, (B, T), are -100 do not
+    count. No gradient flows into the teacher. In a decoder L2L is a poor guide: each
+    layer has to copy its teacher's, and nothing says which of the errors reach the
+    logits and add up there."""
     student_tensors = [*student_trace.hidden_states, *student_trace.attention_scores]
     teacher_tensors = [*teacher_trace.hidden_states, *teacher_trace.attention_scores]
     if len(student_tensors) != len(teacher_tensors):
         depths = f"{len(student_tensors)} and {len(teacher_tensors)} tensors"
         raise ValueError(f"L2L compares models of one depth, not {depths}")
 
+    if targets is None:
+        targets = torch.zeros_like(student_tensors[0][..., 0], dtype=torch.int64)
+    counts = targets != -100  # (B, T)
+
     loss = 0.0
     for student, teacher in zip(student_tensors, teacher_tensors):
-        if student.shape != teacher.shape:
-            shapes = f"{tuple(student.shape)} and {tuple(teacher.shape)}"
-            raise ValueError(f"L2L compares tensors of one shape, not {shapes}")
+        shapes = [tuple(t.shape) for t in (student, teacher, targets)]
+        B, *_, T, _ = student.shape
+        if shapes[0] != shapes[1] or shapes[2] != (B, T):
+            raise ValueError(f"student, teacher and targets do not fit: {shapes}")
 
-        if student.dim() == 4:  # scores (B, H, T, T) -> (B, H, T (T + 1) / 2)
-            seen = torch.ones_like(student[0, 0], dtype=torch.bool).tril()
-            student, teacher = student[..., seen], teacher[..., seen]
-        loss = loss + F.mse_loss(student.float(), teacher.detach().float())
+        if student.dim() == 3:  # states (B, T, C)
+            seen = counts[:, :, None].expand_as(student)
+        else:  # scores (B, H, T, T), of which the causal mask hides half
+            seen = counts[:, None, :, None].expand_as(student).tril()
+
+        error = torch.where(seen, student.float() - teacher.detach().float(), 0)
+        loss = loss + error.square().sum() / seen.sum().clamp(min=1)
     return loss
 
 
@@ -317,14 +327,10 @@ class QuantLinear(nn.Linear):
 
     @classmethod
     def of(cls, linear, bits=2, granularity="tensor"):
-        """A QuantLinear that holds the very parameters of an nn.Linear."""
-        with torch.device("meta"):  # nothing is allocated
-            layer = cls(
-                linear.in_features, linear.out_features, True, bits, granularity
-            )
-        layer.weight = linear.weight
-        layer.bias = linear.bias
-        return layer.train(linear.training)
+        """Makes an nn.Linear a QuantLinear, in place: its parameters stay the same."""
+        linear.__class__ = cls
+        linear.bits = bits
+        linear.granularity = granularity
 
     def dequantized(self):
         """The weight that the layer computes with, (out, in)."""
@@ -335,41 +341,58 @@ class QuantLinear(nn.Linear):
 
 
 def quantize_model(model, bits=2, granularity="tensor", skip=()):
-    """Replaces each nn.Linear of any torch module by a QuantLinear, in place.
+    """Makes each nn.Linear of any torch module a QuantLinear, in place.
 
     As in the paper, embeddings, norms, biases and the output head keep full precision.
     The head is model.lm_head, model.head, or tied to an embedding. So do the modules
-    whose names are in `skip`. Returns the model. Raises ValueError, before any change,
-    if there is no such layer, or one does more: it is of a subclass, or has hooks."""
+    whose names are in `skip`. A warning names the matrices that are in none of these.
+    Returns the model. Raises ValueError, before any change, if there is no such layer,
+    or one does more: it is of a subclass, or has hooks."""
     fake_quantize(torch.zeros(1, 1), bits, granularity)  # refuses bad arguments
     modules = dict(model.named_modules(remove_duplicate=False))
 
     # What keeps full precision.
-    exact = {getattr(model, "lm_head", None), getattr(model, "head", None)}
+    heads = getattr(model, "lm_head", None), getattr(model, "head", None)
+    exact = set()
+    for module in modules.values():
+        is_head = module is heads[0] or module is heads[1]
+        is_norm = type(module).__name__.endswith("Norm")
+        if is_head or is_norm or isinstance(module, nn.Embedding):
+            exact.add(module)
     for name in skip:
         if name not in modules:
             raise ValueError(f"the model has no module {name!r} to skip")
         exact.update(modules[name].modules())
-    embeddings = {m.weight for m in modules.values() if isinstance(m, nn.Embedding)}
+    spared = {p for module in exact for p in module.parameters(recurse=False)}
 
-    layers = {}
+    layers = []
     for name, module in modules.items():
         is_linear = isinstance(module, nn.Linear) and module not in exact
-        if not is_linear or module.weight in embeddings:
+        if not is_linear or module.weight in spared:
             continue
 
         if type(module) not in (nn.Linear, QuantLinear):
             raise ValueError(f"{name} is a {type(module).__name__}, not an nn.Linear")
         if any(value for key, value in vars(module).items() if key.endswith("_hooks")):
-            raise ValueError(f"{name} has hooks, which a QuantLinear would not have")
-        layers[name] = QuantLinear.of(module, bits, granularity)
+            raise ValueError(f"{name} has hooks, which a packed layer would lose")
+        layers.append(module)
 
-    if not layers or "" in layers:
-        raise ValueError(f"{type(model).__name__} holds no nn.Linear to replace")
+    if not layers:
+        raise ValueError(f"{type(model).__name__} holds no nn.Linear to quantize")
+    for layer in layers:
+        QuantLinear.of(layer, bits, granularity)
 
-    # A layer that is used under two names is replaced under both.
-    for name, layer in layers.items():
-        model.set_submodule(name, layer)
+    # Some modules hold matrices of their own, such as the experts of a mixture.
+    quantized = {layer.weight for layer in layers}
+    covered = spared | quantized
+    named = model.named_parameters()
+    others = {n: p.numel() for n, p in named if p.dim() > 1 and p not in covered}
+    if others:
+        left = sum(others.values())
+        share = left / (left + sum(weight.numel() for weight in quantized))
+        names = ", ".join(others)
+        message = f"{share:.1%} of the matrix weights keep full precision: {names}"
+        warnings.warn(message, stacklevel=2)
     return model
 
 
@@ -651,7 +674,7 @@ def training_loss(student, teacher, ids, targets, config):
         with torch.no_grad():
             teacher_trace = teacher(ids, trace=True)
         terms = per_token_terms(student_trace.logits, teacher_trace.logits, targets)
-        layers = layer_to_layer_loss(student_trace, teacher_trace)
+        layers = layer_to_layer_loss(student_trace, teacher_trace, targets)
         return distillation_loss("l2l", terms, layers=layers)
 
     # All others compare the logits.
@@ -734,8 +757,6 @@ def train(
 
 def check_training(student, tokens, config, teacher, block_size):
     """Raises ValueError if `train` cannot do what it is asked for."""
-    if config.loss not in LOSSES:
-        raise ValueError(f"the loss must be one of {LOSSES}, not {config.loss!r}")
     if teacher is None and config.loss != "gt":
         raise ValueError(f"the loss {config.loss!r} needs a teacher")
     if config.dtype not in ("float32", "bfloat16"):
@@ -935,15 +956,13 @@ def save_model(path, model):
         tensors[name] = of_parameter.setdefault(id(tensor), value)  # tied: only once
     content = {"format": PACKED_FORMAT, "config": config_of(model), "tensors": tensors}
 
-    # Under a name of its own first: at `path` there is always a whole file.
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "wb") as file:
+    # In a folder of its own first: at `path` there is always a whole file.
+    parent = os.path.dirname(os.path.abspath(path))
+    with tempfile.TemporaryDirectory(dir=parent) as folder:
+        whole = os.path.join(folder, "model")
+        with open(whole, "wb") as file:
             torch.save(content, file)
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+        os.replace(whole, path)
 
 
 def load_model(path, into=None):
@@ -999,7 +1018,7 @@ def fill(content, model):
         linear = model.get_submodule(name)
         if type(linear) is nn.Linear:
             granularity = "tensor" if len(tensors[f"{name}.scale"]) == 1 else "channel"
-            model.set_submodule(name, QuantLinear.of(linear, 2, granularity))
+            QuantLinear.of(linear, 2, granularity)
     pack_model(model)
 
     # Strict: names and shapes have to be the model's.

@@ -5,6 +5,7 @@ Every check raises ValueError that names one cause; UserError where it is the co
 """
 
 import copy
+import warnings
 
 import torch
 from torch import nn
@@ -191,7 +192,9 @@ def quantized_copy(model, bits, granularity, name):
     """A copy whose linear layers are quantized. name: what --model says. Raises
     UserError if it has none, or one that cannot be."""
     try:
-        return tsld.quantize_model(copy.deepcopy(model), bits, granularity)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # check_student says what stays exact
+            return tsld.quantize_model(copy.deepcopy(model), bits, granularity)
     except ValueError as error:
         raise UserError(f"--model {name}: {error}") from None
 

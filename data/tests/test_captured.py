@@ -308,7 +308,7 @@ class HostReads(TorchDispatchMode):
         return made
 
 
-def meta_step(monkeypatch, student, teacher, config):
+def meta_step(monkeypatch, student, teacher, config, backward=lean.backward):
     """A step on the meta device, which has no values to wait for: to ask for one, or
     for as many numbers as a mask lets pass, is an error there."""
     monkeypatch.setattr(torch, "autocast", lambda *a, **k: nullcontext())
@@ -317,7 +317,7 @@ def meta_step(monkeypatch, student, teacher, config):
     ids = torch.zeros(4, 8, dtype=torch.long, device="meta")
     models = (student.to("meta").train(), teacher.to("meta"))
     with HostReads():
-        return lean.backward(*models, ids, ids, config)
+        return backward(*models, ids, ids, config)
 
 
 @pytest.mark.parametrize("bits, granularity", [(2, "tensor"), (4, "channel")])
@@ -326,6 +326,13 @@ def test_a_step_never_waits_for_a_value(loss, granularity, bits, monkeypatch):
     student = tsld.quantize_model(micro_gpt(1, dropout=0.3), bits, granularity)
     config = replace(CONFIG, loss=loss, accumulate=2)
     meta_step(monkeypatch, student, micro_gpt(2), config)
+    assert all(p.grad.is_meta for p in student.parameters())
+
+
+def test_a_step_of_l2l_never_waits_for_a_value(monkeypatch):
+    student = tsld.quantize_model(micro_gpt(1, dropout=0.3))
+    config = replace(CONFIG, loss="l2l", accumulate=2)
+    meta_step(monkeypatch, student, micro_gpt(2), config, tsld.backward)
     assert all(p.grad.is_meta for p in student.parameters())
 
 

@@ -92,8 +92,6 @@ def wanted_parts(device, nanogpt):
     def steps(losses, batches, ways):
         for loss in losses:
             for way in ways:
-                if loss == "l2l" and way == "captured":
-                    continue  # it waits to learn how many scores the mask lets pass
                 for batch in batches:
                     for shape in shapes:
                         step = {"part": "step", "shape": shape, "batch": batch}
