@@ -186,11 +186,11 @@ def test_a_dry_run_on_a_cpu_fills_every_row(capsys, tmp_path, monkeypatch, uncom
     assert all(row["tokens_per_second"] > 0 for row in steps)
     assert all(row["captured"] == ("captured" in row["way"]) for row in steps)
 
-    # TSLD in every way with both batches; the others eager and captured, but for L2L.
+    # TSLD in every way with both batches; the others eager and captured.
     measured = [(row["loss"], row["batch"], row["way"]) for row in steps]
     expected = {("tsld", batch, way) for batch in (2, 4) for way in training.WAYS}
     expected |= {(loss, 2, "eager") for loss in tsld.LOSSES}
-    expected |= {(loss, 2, "captured") for loss in ("gt", "logit", "logit_gt")}
+    expected |= {(loss, 2, "captured") for loss in tsld.LOSSES}
     assert sorted(measured) == sorted(expected)
 
     rest = [row for row in found if row["part"] != "step"]
