@@ -1,6 +1,8 @@
 """Settings and fixtures of all tests of data/."""
 
+import gc
 import os
+import traceback
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
 
@@ -16,6 +18,10 @@ from data.tests.helpers import WORDS, Beside, sha256, tiny_preset
 # The tensors here are tiny: two threads would only wait for one another.
 torch.set_num_threads(1)
 
+# torch.manual_seed notes the stack, for three sorts of device that are not in use. No
+# test reads it, and pytest's stack is so deep that this takes a millisecond.
+traceback.format_stack = lambda *arguments: []
+
 
 def pytest_collection_finish(session):
     """Starts what runs beside the tests that have been chosen."""
@@ -27,6 +33,8 @@ def pytest_collection_finish(session):
     for function in Beside.functions:
         if function.module in chosen:
             function.start(pool)
+
+    gc.freeze()  # what has been imported is not searched for garbage again and again
 
 
 HERE_ALONE = (None, "", b"", "localhost", "127.0.0.1", "::1")
