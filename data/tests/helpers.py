@@ -161,6 +161,21 @@ def tiny_preset():
     )
 
 
+SHORT = ["--steps", "1", "--teacher-steps", "1"]  # where the steps do not matter
+
+
+def finished_run(folder, *flags):
+    """The folder of a run of the minute preset with these flags beside its own."""
+    import train_small
+
+    (folder / "text.txt").write_bytes((WORDS * 40).encode())
+    flags = ["--data", str(folder / "text.txt"), "--device", "cpu", *flags]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(train_small.PRESETS, "tiny", tiny_preset())
+        assert train_small.main([*flags, "--out", str(folder / "out")]) == 0
+    return folder / "out"
+
+
 def exit_code(argv, command):
     """Runs a command, a function of argv; None stands for train_small's own."""
     import train_small

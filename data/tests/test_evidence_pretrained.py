@@ -7,7 +7,7 @@ import pytest
 
 import train_small
 from data.evidence.pretrained import schedule
-from data.tests.helpers import refused, run
+from data.tests.helpers import SHORT, refused, run
 
 HERE = "data.evidence.pretrained.schedule"
 
@@ -34,7 +34,7 @@ def test_a_dry_run_fills_every_row_and_the_table(
 ):
     monkeypatch.setattr(schedule, "GRANULARITIES", ("channel",))
     monkeypatch.setattr(schedule, "UNTRAINED", ("round-to-nearest",))
-    flags = ["--model", "tiny", "--steps", "2", "--teacher-steps", "2", *tiny]
+    flags = ["--model", "tiny", *SHORT, *tiny]
     run(flags, capsys, schedule.main)
 
     out = tmp_path / "out"
@@ -44,7 +44,7 @@ def test_a_dry_run_fills_every_row_and_the_table(
     mixes = [(row["method"], row["gt_weight"], row["seed"]) for row in trained]
     students = (*schedule.STUDENTS, *schedule.L2L)
     assert sorted(mixes) == sorted((*mix, seed) for mix in students for seed in (0, 1))
-    assert {row["steps"] for row in trained} == {2}
+    assert {row["steps"] for row in trained} == {1}
     assert all(row["valid_ppl"] > 1 and row["test_ppl"] > 1 for row in found)
 
     rest = [row["method"] for row in found if row not in trained]

@@ -13,7 +13,7 @@ from data import tasks, texts
 from data.evidence import models, rows
 from data.evidence.tasks import accuracy
 from data.lib.files import read_checked
-from data.tests.helpers import QUESTIONS, WORDS, run, softmax64
+from data.tests.helpers import QUESTIONS, SHORT, WORDS, run, softmax64
 from tsld import GPT
 
 
@@ -25,7 +25,7 @@ def rows_of(tmp_path, seed):
 def task(tiny, monkeypatch):
     """The flags of a minute task."""
     monkeypatch.setattr(tasks, "load_task", {"rte": (QUESTIONS * 20, QUESTIONS)}.get)
-    return ["--task", "rte", "--steps", "3", *tiny[2:]]
+    return ["--task", "rte", *SHORT, *tiny[2:]]
 
 
 def test_the_task_tables_have_every_student_at_both_widths(task):
@@ -138,7 +138,7 @@ def test_the_task_tables_take_a_text_and_no_token_scale_is_logit_distillation(
 
     # Of 2,048 tokens; this teacher has hardly learned.
     monkeypatch.setattr(models, "SURE", 0.0006)
-    run([*tiny, "--steps", "20", "--dtype", "float32"], capsys, accuracy.main)
+    run([*tiny, "--steps", "6", "--dtype", "float32"], capsys, accuracy.main)
     found = rows_of(tmp_path, 0)
 
     assert {row["task"] for row in found} == {"text.txt"}

@@ -83,7 +83,7 @@ def undisturbed(tmp_path_factory):
 # The training is that of tsld.train
 
 
-@pytest.mark.parametrize("loss", tsld.LOSSES)
+@pytest.mark.parametrize("loss", ["gt", "tsld", "l2l"])
 def test_the_weights_are_those_of_tsld_train(loss, tmp_path):
     weights = train(tmp_path / "state.pt", loss=loss)
     expected = a_student()
@@ -279,9 +279,9 @@ def test_a_model_that_was_trained_before_goes_on_too(undisturbed, tmp_path):
 # Other runs
 
 
-@pytest.mark.parametrize(
-    "changes, name",
-    [
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    train(tmp_path / "state.pt")
+    for changes, name in (
         ({"lr": 0.02}, "lr"),
         ({"steps": 7}, "steps"),
         ({"loss": "logit"}, "loss"),
@@ -291,12 +291,9 @@ def test_a_model_that_was_trained_before_goes_on_too(undisturbed, tmp_path):
         ({"student": a_student(granularity="channel")}, "quantizers"),
         ({"teacher": a_teacher(3)}, "teacher"),
         ({"text": TEXT.flip(0)}, "text"),
-    ],
-)
-def test_a_checkpoint_of_another_run_is_refused(changes, name, tmp_path):
-    train(tmp_path / "state.pt")
-    with pytest.raises(tsld.CheckpointError, match=f"of another run: {name} is "):
-        train(tmp_path / "state.pt", resume=True, **changes)
+    ):
+        with pytest.raises(tsld.CheckpointError, match=f"of another run: {name} is "):
+            train(tmp_path / "state.pt", resume=True, **changes)
 
 
 def test_a_student_with_dropout_resumes_with_as_many_processes_alone(
@@ -388,7 +385,7 @@ def test_the_distance_to_the_teacher_falls_where_the_loss_has_a_floor(tmp_path):
 
     student = tsld.quantize_model(a_teacher())
     measure = Measure("KL to the teacher", distance)
-    train(tmp_path / "state.pt", student, steps=60, batch_size=8, measure=measure)
+    train(tmp_path / "state.pt", student, steps=20, batch_size=8, measure=measure)
     assert distances[-1] < 0.5 * distances[0]
 
 
