@@ -4,6 +4,7 @@ that keeps it between processes, and what memory the C touches."""
 import functools
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -54,63 +55,70 @@ def compiler(tmp_path, monkeypatch):
     log.touch()
 
     def use(line='exec cc "$@"'):
-        script = tmp_path / "cc"
         note = f'case "$*" in *-dM*) ;; *) echo "$*" >> {log} ;; esac'
-        script.write_text(f"#!/bin/sh\n{note}\n{line}\n")
-        script.chmod(0o755)
+        script = write_script(tmp_path, f"{note}\n{line}")
         monkeypatch.setenv("CC", str(script))
         return lambda: log.read_text().splitlines()
 
     return use
 
 
-def load_anew():
-    """The library as a new process loads it."""
-    return fast_linear.c_library.__wrapped__()
+def write_script(folder, lines):
+    """A compiler in a folder that is this shell script."""
+    script = folder / "cc"
+    script.write_text(f"#!/bin/sh\n{lines}\n")
+    script.chmod(0o755)
+    return script
 
 
 # --------------------------------------------------------------------------------------
 # Compilers
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="another processor")
-@pytest.mark.parametrize("processor", ["x86-64", "x86-64-v3"])  # beside this one's
-def test_registers_of_every_width_give_the_same(
-    processor, has_compiler, compiler, cache, tmp_path, monkeypatch
+# A compiler is a line of a shell script. The last -march counts.
+COMPILERS = {
+    "without OpenMP": 'case " $* " in *" -fopenmp "*) exit 1;; *) exec cc "$@";; esac'
+}
+if shutil.which("clang"):
+    COMPILERS["clang"] = 'exec clang "$@"'
+if platform.machine() == "x86_64":
+    COMPILERS["narrow registers"] = 'exec cc "$@" -march=x86-64'
+    if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
+        COMPILERS["AVX2"] = 'exec cc "$@" -march=x86-64-v3'
+
+
+@Beside
+def libraries(folder):
+    """A folder for each compiler, and the cache in which it has left its library."""
+    code = "import pathlib, sys; from data.lib import compiled;"
+    code += "compiled.load(pathlib.Path(sys.argv[1]))"
+    if os.name != "nt" and shutil.which("cc"):
+        for name, line in COMPILERS.items():
+            (folder / name).mkdir()
+            script = write_script(folder / name, line)
+            environment = os.environ | {"CC": shlex.quote(str(script))}
+            environment |= {"XDG_CACHE_HOME": str(folder / name)}
+            command = [sys.executable, "-c", code, str(SOURCE)]
+            subprocess.run(command, cwd=ROOT, env=environment, timeout=60)
+    return folder
+
+
+@pytest.mark.parametrize("name", COMPILERS)
+def test_every_compiler_makes_a_library_that_is_right(
+    name, has_compiler, compiler, tmp_path, monkeypatch
 ):
-    capability = torch.backends.cpu.get_cpu_capability()
-    if processor == "x86-64-v3" and capability not in ("AVX2", "AVX512"):
-        pytest.skip("the processor has no AVX2")
-
-    compiler(f'exec cc "$@" -march={processor}')  # the last one counts
-    check_library(load_anew(), tmp_path, monkeypatch)
-
-
-def check_library(library, tmp_path, monkeypatch):
-    """Products and the step of a token, by this library."""
+    folder = libraries() / name
+    monkeypatch.setenv("CC", shlex.quote(str(folder / "cc")))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    library = fast_linear.c_library.__wrapped__()  # as a new process loads it
     assert library is not None
-    monkeypatch.setattr(fast_linear, "c_library", lambda: library)
-    monkeypatch.setattr(fast_linear, "unpack_ternary", None)
-    for out, width in ((192, 2064), (64, 16)):
-        check_product(randn(1, width), random_codes(out, width))
 
-    monkeypatch.undo()
-    monkeypatch.setattr(fast_linear, "c_library", lambda: library)
-    check_stream(loaded_gpt(tmp_path)[0], monkeypatch)
-
-
-def test_clang_compiles_it_too(has_compiler, cache, tmp_path, monkeypatch):
-    if shutil.which("clang") is None:
-        pytest.skip("there is no clang")
-    monkeypatch.setenv("CC", "clang")
-    check_library(load_anew(), tmp_path, monkeypatch)
-
-
-def test_a_compiler_without_openmp_makes_a_library_of_one_thread(
-    has_compiler, compiler, cache, tmp_path, monkeypatch
-):
-    compiler('case " $* " in *" -fopenmp "*) exit 1;; *) exec cc "$@";; esac')
-    check_library(load_anew(), tmp_path, monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(fast_linear, "c_library", lambda: library)
+        check_stream(loaded_gpt(tmp_path)[0], patch)
+        patch.setattr(fast_linear, "unpack_ternary", None)
+        for out, width in ((192, 2064), (64, 16)):
+            check_product(randn(1, width), random_codes(out, width))
 
 
 @pytest.mark.parametrize("CC", ["", " ", "cc -DSOMETHING=1", "'cc' -DSOMETHING"])
@@ -445,8 +453,9 @@ def sweep(compiler, tmp_path, run=()):
     program = tmp_path / "sweep.c"
     program.write_text(SWEEP)
     command = [*compiler, f"-I{SOURCE.parent}", str(program), "-lm"]
-    built = subprocess.run([*command, "-o", str(tmp_path / "sweep")])
-    assert built.returncode == 0
+    command += ["-o", str(tmp_path / "sweep")]
+    built = subprocess.run(command, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
 
     result = subprocess.run(
         [*run, str(tmp_path / "sweep")], capture_output=True, text=True, timeout=60
