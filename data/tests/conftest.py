@@ -23,6 +23,12 @@ torch.set_num_threads(1)
 traceback.format_stack = lambda *arguments: []
 
 
+def pytest_collection_modifyitems(items):
+    """The files that wait for what runs beside the tests come last."""
+    waiting = {function.module for function in Beside.functions}
+    items.sort(key=lambda item: item.module.__name__ in waiting)
+
+
 def pytest_collection_finish(session):
     """Starts what runs beside the tests that have been chosen."""
     if session.config.option.collectonly:
