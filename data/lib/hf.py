@@ -28,7 +28,7 @@ from data.lib import checks
 from data.lib.errors import UserError, is_out_of_memory
 from data.lib.exports import export_folder, is_of_disk
 from data.lib.linear import is_conv1d, keep_exact, layers_that_are_read, linear_layers
-from data.lib.published import dequantized_state, in_dtype, save_gpt2
+from data.lib.published import check_fits, dequantized_state, save_gpt2
 from data.lib.published import load_gpt2 as load_gpt2
 from data.lib.tokenizers import TransformersTokenizer, save_tokenizer
 from tsld import GPT
@@ -360,11 +360,9 @@ def saving(what):
 def save_causal(student, folder, dtype):
     """Writes a CausalModel as transformers does, and opens it again. Raises ValueError
     if that does not give the same weights."""
+    check_fits(student, dtype)
     model = unpacked(student)
     check_computes_as(student, model)
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point():
-            in_dtype(name, tensor, dtype)
 
     # transformers refuses settings that contradict each other, as some published ones
     # do. They are the model's own, and are written as they are.

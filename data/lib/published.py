@@ -6,10 +6,12 @@ are stored as (in, out).
 
 import importlib.util
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from data.lib.errors import UserError
 from data.lib.files import load_tensors, refusing, replacing
@@ -151,8 +153,14 @@ def save_gpt2(model, folder, dtype=torch.float32, end_of_text=None):
     stand for, at most three different ones in a ternary matrix.
 
     end_of_text: the token that other programs begin and end texts with, if any. Raises
-    ValueError if dtype cannot hold a weight, the head is not tied to the embedding, or
-    the folder has other weights, which would be read instead."""
+    ValueError if dtype cannot hold a weight, the head is not tied to the embedding,
+    there is no such token, or the folder has weights that would be read instead."""
+    vocab_size = model.config.vocab_size
+    if end_of_text is not None and not 0 <= end_of_text < vocab_size:
+        words = f"token {end_of_text} ends a text, and the model has {vocab_size}"
+        raise ValueError(f"{words}: the tokenizer is another model's")
+
+    check_fits(model, dtype)
     state = dequantized_state(model)
     if not torch.equal(state.pop("lm_head.weight"), state["wte.weight"]):
         raise ValueError("lm_head.weight is not wte.weight, and GPT-2's head is tied")
@@ -161,7 +169,7 @@ def save_gpt2(model, folder, dtype=torch.float32, end_of_text=None):
     tensors = {}
     for name, tensor in state.items():
         tensor = flipped(name, tensor).detach().cpu()
-        tensors[f"transformer.{name}"] = in_dtype(name, tensor, dtype)
+        tensors[f"transformer.{name}"] = tensor.to(dtype)
 
     # In transformers' words. Without a token they would fill in GPT-2's 50256.
     config = asdict(model.config)
@@ -180,15 +188,33 @@ def save_gpt2(model, folder, dtype=torch.float32, end_of_text=None):
     write_json(folder / "generation_config.json", ends)
 
 
-def in_dtype(name, tensor, dtype):
-    """The tensor in another dtype. Raises ValueError if a value becomes infinite."""
-    result = tensor.to(dtype)
-    lost = tensor.isfinite() & ~result.isfinite()
-    if lost.any():
-        value = tensor[lost].abs().max().item()
-        limit = f"{dtype} ends at {torch.finfo(dtype).max:g}"
-        raise ValueError(f"{name} has a weight of {value:g}, and {limit}: take float32")
-    return result
+def check_fits(model, dtype):
+    """Raises ValueError if a weight is not finite in the dtype, or if the largest one
+    of a linear layer's row changes by more than a rounding. In such a row no code of a
+    quantized layer stands for what it did."""
+    layers = set()
+    for name, layer in model.named_modules(remove_duplicate=False):
+        is_linear = type(layer) is nn.Linear and layer is not model.lm_head
+        if is_linear or hasattr(layer, "dequantized"):
+            layers.add(f"{name}.weight")
+
+    for name, tensor in dequantized_state(model).items():
+        if not tensor.is_floating_point():
+            continue
+
+        written = tensor.to(dtype).to(tensor.dtype)
+        lost = ~written.isfinite()
+        if name in layers:
+            largest = tensor.abs().amax(dim=1, keepdim=True)
+            lost |= (written - tensor).abs() > torch.finfo(dtype).eps * largest
+        if not lost.any():
+            continue
+
+        value, found = tensor[lost][0].item(), written[lost][0].item()
+        words = f"{name.removeprefix('inner.')} has a weight of {value:g}"
+        if math.isfinite(value):
+            words += f", which is {found:g} in {dtype}: take float32"
+        raise ValueError(words)
 
 
 def write_weights(tensors, folder):

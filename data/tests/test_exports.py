@@ -277,18 +277,82 @@ def test_a_head_of_its_own_has_no_place_in_the_format(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def scaled(factor, bits=2, channel=None):
+    """A student, one of whose layers, or one of its channels, is so much smaller or
+    larger."""
+    granularity = "tensor" if channel is None else "channel"
+    student = tsld.quantize_model(micro_gpt(vocab_size=2048), bits, granularity)
+    weight = student.h[0].mlp.c_fc.weight.detach()
+    weight[slice(None) if channel is None else channel] *= factor
+    return student
+
+
+def poisoned(name, value):
+    """A packed student with one value that no file of ours would hold."""
+    student = tsld.pack_model(tsld.quantize_model(micro_gpt(vocab_size=2048)))
+    student.state_dict()[name].view(-1)[3] = value
+    return student
+
+
+C_FC = "h.0.mlp.c_fc.weight"
+GONE = "which is -?0 in torch.float16: take float32"
+UNFIT = [
+    (lambda: scaled(1e-9), C_FC, GONE),
+    (lambda: tsld.pack_model(scaled(1e-9)), C_FC, GONE),
+    (lambda: scaled(1e-9, channel=3), C_FC, GONE),
+    (lambda: scaled(2.9e-6, channel=3), C_FC, "which is .*e-06 in torch.float16"),
+    (lambda: scaled(1e-30, bits=4), C_FC, GONE),
+    (lambda: scaled(1e7, bits=4), C_FC, "which is -?inf in torch.float16: take"),
+    (lambda: poisoned("h.1.ln_2.weight", -7e4), "h.1.ln_2.weight", "-70000, which is "),
+]
+
+
+@pytest.mark.parametrize("make, name, words", UNFIT)
 def test_a_weight_that_float16_does_not_hold_is_refused_by_name(
-    small_vocabulary, tmp_path
+    make, name, words, small_vocabulary, tmp_path
 ):
-    model = tsld.pack_model(tsld.quantize_model(micro_gpt()))
-    model.h[1].ln_2.weight[3] = -7e4
-    words = "h.1.ln_2.weight has a weight of 70000, and torch.float16 ends at 65504"
-    with pytest.raises(ValueError, match=words):
-        hf.export(model, small_vocabulary, tmp_path / "new", torch.float16)
+    student = make()
+    with pytest.raises(ValueError, match=f"^{name} has a weight of .*{words}"):
+        hf.export(student, small_vocabulary, tmp_path / "new", torch.float16)
     assert [*tmp_path.iterdir()] == []
 
-    hf.export(model, small_vocabulary, tmp_path / "new")
-    assert weights_of(tmp_path / "new")["transformer.h.1.ln_2.weight"][3] == -7e4
+    hf.export(student, small_vocabulary, tmp_path / "new")
+    written = weights_of(tmp_path / "new")[f"transformer.{name}"]
+    layer = student.get_submodule(name.removesuffix(".weight"))
+    is_matrix = hasattr(layer, "dequantized")
+    expected = layer.dequantized().t() if is_matrix else layer.weight
+    assert torch.equal(written, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("name", ["wte.weight", "h.1.mlp.c_fc.bias", "ln_f.bias"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_weight_that_is_not_finite_is_never_written(
+    dtype, name, value, small_vocabulary, tmp_path
+):
+    with pytest.raises(ValueError, match=f"^{name} has a weight of {value}$"):
+        hf.export(poisoned(name, value), small_vocabulary, tmp_path / "new", dtype)
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_small_numbers_that_are_no_codes_do_not_stop_a_float16(
+    small_vocabulary, tmp_path
+):
+    student = poisoned("wte.weight", 1e-9)
+    student.ln_f.bias.fill_(1e-9)
+    hf.export(student, small_vocabulary, tmp_path / "new", torch.float16)
+    assert (weights_of(tmp_path / "new")["transformer.ln_f.bias"] == 0).all()
+
+
+@pytest.mark.parametrize("end_of_text", [2048, 50256, -1])
+def test_an_end_of_text_that_the_model_does_not_know_is_refused(
+    end_of_text, small_vocabulary, tmp_path
+):
+    small_vocabulary.end_of_text = end_of_text
+    words = f"token {end_of_text} ends a text, and the model has 2048: the tokenizer"
+    with pytest.raises(ValueError, match=words):
+        hf.export(micro_gpt(vocab_size=2048), small_vocabulary, tmp_path / "new")
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_both_configurations_name_the_token_between_texts(small_vocabulary, tmp_path):
@@ -396,6 +460,13 @@ def test_a_weight_of_transformers_that_float16_does_not_hold_is_refused(tmp_path
     with pytest.raises(ValueError, match=f"LlamaForCausalLM .* {words}"):
         hf.export(student, tokenizer, tmp_path / "new", torch.float16)
     assert not (tmp_path / "new").exists()
+
+    student.inner.model.norm.weight[2] = 1
+    student.inner.model.layers[0].mlp.up_proj.scale[:] = 1e-9
+    words = "model.layers.0.mlp.up_proj.weight has a weight of -?1e-09, which is -?0 in"
+    with pytest.raises(ValueError, match=f"LlamaForCausalLM .* {words}"):
+        hf.export(student, tokenizer, tmp_path / "new", torch.float16)
+    hf.export(student, tokenizer, tmp_path / "new")
 
 
 def test_what_transformers_cannot_save_or_opens_as_another_is_refused(
