@@ -115,11 +115,7 @@ def load_path(path):
     file that is cut into three.
 
     Raises UserError if something is missing, empty or not UTF-8."""
-    try:
-        parts = read_parts(path)
-    except OSError as error:
-        raise UserError(f"--data {error.filename}: {error.strerror}") from error
-
+    parts = read_parts(path)
     for part in PARTS:
         if not parts[part]:
             raise UserError(f"--data {path}: the {part} part is empty")
@@ -149,7 +145,10 @@ def read_utf8(path):
     # A pipe or a device may never end.
     if path.exists() and not path.is_file():
         raise UserError(f"--data {path} is no file and no folder")
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"--data {path}: {error.strerror}") from error
 
     # The whole is decoded, so that the position is that in the file.
     try:

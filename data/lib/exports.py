@@ -13,8 +13,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from data.lib.errors import UserError
+from data.lib.folder import alone_in
 
 LIST = ".exported.json"
+WORK = ".export-????????"  # the folder in which an export is made
 
 
 def check_target(path):
@@ -25,10 +27,11 @@ def check_target(path):
 
     sums = listed(folder)
     for file in folder.rglob("*"):
-        if file.is_dir() and not file.is_symlink():
+        name = file.relative_to(folder).as_posix()
+        is_made = is_work(folder / Path(name).parts[0])
+        if is_made or (file.is_dir() and not file.is_symlink()):
             continue
 
-        name = file.relative_to(folder).as_posix()
         is_list = name == LIST and len(sums) > 0
         if not is_list and (name not in sums or sums[name] != sha256(file)):
             remedy = "name a new folder, or move it"
@@ -60,42 +63,75 @@ def export_folder(path):
     is in it. If something fails, what was at `path` is there as before.
 
     Raises UserError, before anything is written, if `path` holds what no export wrote,
-    and if it cannot be written."""
+    or another export writes to it, and if it cannot be written."""
     check_target(path)
     target = Path(os.path.realpath(path))
-
-    # Where the target is new, its first missing folder is made at once, by one rename.
-    first = target
-    while not first.parent.exists():
-        first = first.parent
-    is_new = not target.exists()
-    beside = first.parent if is_new else target
-
+    fill = replace if target.exists() else make
     try:
-        work = Path(tempfile.mkdtemp(prefix=".export-", dir=beside))
-        new, old = work / "new", work / "old"
-        try:
-            folder = new / target.relative_to(first) if is_new else new
-            folder.mkdir(parents=True)
-            old.mkdir()
+        with fill(target) as folder:
             yield folder
-
-            write_list(folder)
-            if is_new:
-                os.rename(new, first)
-            else:
-                exchange(target, new, old)
-                shutil.rmtree(old, ignore_errors=True)
-        finally:
-            # What is in `old` is deleted after a success, and never else.
-            shutil.rmtree(new, ignore_errors=True)
-            remove_if_empty(old)
-            remove_if_empty(work)
     except Exception as error:
         if not is_of_disk(error):
             raise
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"folder {path} cannot be written: {reason}") from None
+
+
+@contextmanager
+def make(target):
+    """Does it for a folder that is missing, and maybe those above it too: what is new
+    is there at once, by one rename."""
+    first = target
+    while not first.parent.exists():
+        first = first.parent
+
+    with work_folder(first.parent) as (new, _):
+        folder = new / target.relative_to(first)
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+        write_list(folder)
+        os.rename(new, first)
+
+
+@contextmanager
+def replace(target):
+    """Does it for a folder that is there."""
+    with alone_in(target) as is_alone:
+        for work in target.glob(WORK):
+            if is_alone and is_work(work):  # of an export that was killed
+                discard(work)
+
+        with work_folder(target) as (new, old):
+            yield new
+            write_list(new)
+            exchange(target, new, old)
+            shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def work_folder(parent):
+    """Yields two empty folders: for the new files, and for the old ones."""
+    work = Path(tempfile.mkdtemp(prefix=WORK.rstrip("?"), dir=parent))
+    new, old = work / "new", work / "old"
+    try:
+        new.mkdir()
+        old.mkdir()
+        yield new, old
+    finally:
+        discard(work)
+
+
+def is_work(path):
+    return path.match(WORK) and path.is_dir() and not path.is_symlink()
+
+
+def discard(work):
+    """Removes such a folder, but for old files: they are deleted after a success, and
+    never else."""
+    shutil.rmtree(work / "new", ignore_errors=True)
+    for folder in (work / "old", work):
+        with suppress(OSError):  # which is not empty
+            folder.rmdir()
 
 
 def exchange(folder, new, old):
@@ -135,8 +171,3 @@ def config_last(names):
 def is_of_disk(error):
     """Whether an error is the disk's: safetensors has one of its own for that."""
     return isinstance(error, OSError) or type(error).__name__ == "SafetensorError"
-
-
-def remove_if_empty(folder):
-    with suppress(OSError):
-        folder.rmdir()

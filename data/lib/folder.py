@@ -41,17 +41,42 @@ def hold(folder):
         yield
         return
 
-    # The lock ends with this process, however it ends. Its number is for others.
+    # The lock ends with this process, however it ends. Its number is for others. If
+    # somebody removes the file, the folder's own lock holds, on one machine at least.
     with file:
         file.write(str(os.getpid()))
         file.flush()
-        remove_leftovers(folder)
 
         try:
-            yield
+            with alone_in(folder):
+                remove_leftovers(folder)
+                yield
         finally:
             if is_at(path, file):  # and no other run's, if somebody removed ours
                 path.unlink()
+
+
+@contextmanager
+def alone_in(folder):
+    """Keeps other processes of this machine that ask for it out of a folder, and yields
+    whether it does: not where there are no locks. Raises UserError if one is there."""
+    if fcntl is None:
+        yield False
+        return
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    is_alone = True
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            message = f"folder {folder} is in use by another process: name another"
+            raise UserError(message) from None
+        except OSError:  # a network file system, for example
+            is_alone = False
+        yield is_alone
+    finally:
+        os.close(descriptor)
 
 
 def locked(path):

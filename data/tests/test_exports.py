@@ -3,6 +3,7 @@ other programs read in it what the student is."""
 
 import json
 import os
+import shutil
 from pathlib import Path
 from unittest import mock
 
@@ -11,6 +12,7 @@ import torch
 
 import tsld
 from data.lib import exports, hf, published
+from data.lib import folder as lock
 from data.lib.errors import UserError
 from data.tests.helpers import WORDS, micro_gpt, micro_ids, save_llama
 
@@ -203,6 +205,64 @@ def test_no_moment_shows_a_config_beside_another_exports_weights(tmp_path, monke
     for files in seen[:-1]:
         assert "config.json" not in files
     assert [seen[-1][name] for name in ("config.json", "weights")] == ["4", "6"]
+
+
+@pytest.fixture
+def states(tmp_path, monkeypatch):
+    """What a folder of an earlier export looks like to somebody else, or after a power
+    cut, before the first file of the next one, and after each rename: copies of it."""
+    folder = tmp_path / "folder"
+    write(folder, config_json="1", pytorch_model_bin="2", tokenizer_json="3")
+    copies = []
+
+    def copy():
+        copies.append(shutil.copytree(folder, tmp_path / f"copy {len(copies)}"))
+
+    rename = os.rename
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", lambda *paths: (rename(*paths), copy()))
+        with exports.export_folder(folder) as new:
+            copy()
+            (new / "config.json").write_text("4")
+            copy()
+    return copies
+
+
+def test_an_export_that_was_killed_at_any_moment_does_not_block_the_next(states):
+    assert len(states) == 2 + 6
+    for folder in states:
+        before = content_of(folder)
+        write(folder, config_json="5", weights="6")
+
+        # What the killed one was to write is gone. What it had moved away is not.
+        moved = {name: text for name, text in before.items() if "/old/" in name}
+        files = {"config.json": "5", "weights": "6"}
+        assert content_of(folder) == files | moved
+
+
+@pytest.mark.skipif(lock.fcntl is None, reason="this system does not lock files")
+@pytest.mark.parametrize("state", ["empty", "earlier"])
+def test_of_two_exports_at_once_the_second_is_refused(state, tmp_path):
+    if state == "earlier":
+        write(tmp_path, config_json="1", weights="2")
+    with exports.export_folder(tmp_path) as new:
+        (new / "config.json").write_text("3")
+        words = f"folder {tmp_path} is in use by another process: name another"
+        with pytest.raises(UserError, match=words):
+            write(tmp_path, config_json="4")
+    assert content_of(tmp_path) == {"config.json": "3"}
+    write(tmp_path, config_json="4")
+
+
+def test_of_two_exports_to_a_new_folder_the_first_that_ends_is_there(tmp_path):
+    folder = tmp_path / "new" / "folder"
+    words = "folder cannot be written: Directory not empty"
+    with pytest.raises(UserError, match=words), exports.export_folder(folder) as new:
+        (new / "config.json").write_text("1")
+        write(folder, config_json="2", weights="3")
+    files = {"new/folder/config.json": "2", "new/folder/weights": "3"}
+    assert content_of(tmp_path) == files
+    assert [*tmp_path.iterdir()] == [tmp_path / "new"]
 
 
 # --------------------------------------------------------------------------------------

@@ -87,13 +87,15 @@ def test_a_lock_that_was_removed_while_another_run_waited_for_it_is_held_by_one(
 
 
 @locks_files
-def test_a_run_whose_lock_was_removed_leaves_that_of_the_next_run(tmp_path):
+def test_a_run_whose_lock_was_removed_keeps_others_out_and_leaves_their_lock(tmp_path):
     with folder.hold(tmp_path):
-        (tmp_path / ".lock").unlink()
-        with folder.hold(tmp_path):
-            inner = folder.hold(tmp_path)
-            with pytest.raises(UserError, match="is in use"), inner:
-                pass
+        for _ in range(2):
+            (tmp_path / ".lock").unlink(missing_ok=True)
+            with pytest.raises(
+                UserError, match=f"folder {tmp_path} is in use by anoth"
+            ):
+                folder.hold(tmp_path).__enter__()
+        assert os.listdir(tmp_path) == []
         (tmp_path / ".lock").write_text("")  # of one more run
     assert os.listdir(tmp_path) == [".lock"]
 

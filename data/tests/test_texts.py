@@ -192,6 +192,16 @@ def test_what_may_never_end_is_refused_in_place_of_a_text(tmp_path):
         texts.fetch([], tmp_path / "test.txt", sha256(b""))
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="Linux has it")
+def test_a_text_whose_reading_fails_is_named(tmp_path):
+    """Python names a file that cannot be opened, and not one that cannot be read."""
+    for part in texts.PARTS:
+        (tmp_path / f"{part}.txt").symlink_to("/proc/self/mem")
+    for path, named in (("/proc/self/mem",) * 2, (tmp_path, tmp_path / "train.txt")):
+        with pytest.raises(UserError, match=f"^--data {named}: Input/output error$"):
+            texts.load_path(texts.Path(path))
+
+
 def test_a_folder_without_its_three_parts_is_refused(tmp_path):
     (tmp_path / "train.txt").write_text(WORDS)
     message = "has no valid.txt: a folder needs train.txt, valid.txt and test.txt"
