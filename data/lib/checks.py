@@ -6,6 +6,7 @@ Every check raises ValueError that names one cause; UserError where it is the co
 
 import copy
 import warnings
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -83,6 +84,17 @@ def random_ids(model, length=8):
     return ids.to(next(model.parameters()).device)
 
 
+@contextmanager
+def in_mode(training, model):
+    """The model in training or not inside; afterwards each module's own mode again."""
+    with tsld.evaluating(model):
+        model.train(training)
+        try:
+            yield
+        finally:
+            model.eval()
+
+
 @torch.no_grad()
 def check_causal(model):
     """Raises ValueError if the model does not give a logit for each token that it can
@@ -148,14 +160,10 @@ def logits_are_hidden_times_head(model):
     if any(id(parameter) not in inside for parameter in model.inner.parameters()):
         return False
 
-    was_training = model.training
-    try:
-        for training, factor in ((False, 1), (False, 2**12), (True, 1)):
-            model.train(training)
+    for training, factor in ((False, 1), (False, 2**12), (True, 1)):
+        with in_mode(training, model):
             if not is_hidden_times_weight(model, weight, factor):
                 return False
-    finally:
-        model.train(was_training)
     return True
 
 

@@ -161,9 +161,7 @@ class CausalModel(nn.Module):
             sizes = f"a prompt of {T} tokens and {max_new_tokens} new ones"
             raise ValueError(f"{sizes} are not 1 to {block_size} tokens")
 
-        was_training = self.training
-        self.eval()
-        try:
+        with tsld.evaluating(self):
             cache = None
             for _ in range(max_new_tokens):
                 logits, cache = self.read(ids, cache)
@@ -172,8 +170,6 @@ class CausalModel(nn.Module):
 
                 # A model without a cache reads all of it again.
                 ids = torch.cat([ids, new], dim=1) if cache is None else new
-        finally:
-            self.train(was_training)
 
     def read(self, ids, cache):
         """The logits (B, T, V) of tokens that follow those in the cache, and the cache
@@ -210,7 +206,7 @@ def adapted(inner):
 
     model = LinearHeadModel(inner).eval()
     checks.check_causal(model)
-    keep_exact(model, layers_that_are_read(model))
+    keep_exact(layers_that_are_read(model).values())
     if not checks.logits_are_hidden_times_head(model):
         model = CausalModel(inner).eval()
 

@@ -3,50 +3,53 @@ nn.Linear, and an nn.Linear that is not simply called becomes something else."""
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-from data.lib.checks import random_ids
+from data.lib.checks import in_mode, random_ids
+
+CONV1D = "transformers.pytorch_utils.Conv1D"
+FALCON_LINEAR = "transformers.models.falcon.modeling_falcon.FalconLinear"
 
 
 def linear_layers(model):
-    """Replaces transformers' own classes of linear layers, Conv1D and FalconLinear, by
+    """Makes layers of transformers' own linear classes, Conv1D and FalconLinear, plain
     nn.Linear, in place, and returns the model. tsld.quantize_model finds them then.
 
     A Conv1D's weight, (in, out), becomes a transposed copy. All other parameters stay
-    the same ones, and a layer that is used twice stays one layer.
+    the same ones. Raises ValueError, before any change, if such a layer does more than
+    its class: it is of a subclass, or has hooks or a forward of its own.
     """
-    replaced = {}
-    for name, layer in [*model.named_modules(remove_duplicate=False)]:
-        if not is_conv1d(layer) and type(layer).__name__ != "FalconLinear":
+    layers = []
+    for name, layer in model.named_modules():
+        first, *others = classes_of(layer)
+        if {CONV1D, FALCON_LINEAR}.isdisjoint([first, *others]):
             continue
 
-        # The second name of a layer gets what the first one got.
-        if layer not in replaced:
-            replaced[layer] = as_linear(layer)
-        model.set_submodule(name, replaced[layer])
+        if first not in (CONV1D, FALCON_LINEAR):
+            raise ValueError(f"{name} is a {first}, not a {others[0]}")
+        if any(value for key, value in vars(layer).items() if key.endswith("_hooks")):
+            raise ValueError(f"{name} has hooks, which an nn.Linear would lose")
+        if "forward" in vars(layer):
+            raise ValueError(f"{name} has a forward of its own, not its class's")
+        layers.append(layer)
 
+    for layer in layers:
+        if is_conv1d(layer):
+            transposed = layer.weight.detach().t()
+            weight = transposed.clone(memory_format=torch.contiguous_format)
+            layer.weight = nn.Parameter(weight, layer.weight.requires_grad)
+            layer.out_features, layer.in_features = weight.shape
+        layer.__class__ = nn.Linear
     return model
 
 
+def classes_of(layer):
+    """The full names of a layer's class and of those that it is derived from."""
+    return [f"{c.__module__}.{c.__qualname__}" for c in type(layer).__mro__]
+
+
 def is_conv1d(layer):
-    """Whether it is transformers' Conv1D: PyTorch's has no nx and nf, its two sizes."""
-    return type(layer).__name__ == "Conv1D" and {"nx", "nf"} <= vars(layer).keys()
-
-
-def as_linear(layer):
-    """The nn.Linear that computes what a Conv1D or a FalconLinear does."""
-    weight = layer.weight
-    if is_conv1d(layer):
-        transposed = weight.detach().t().clone(memory_format=torch.contiguous_format)
-        weight = nn.Parameter(transposed, weight.requires_grad)
-
-    out_features, in_features = weight.shape
-    with torch.device("meta"):  # allocates no parameters that are replaced below
-        linear = nn.Linear(in_features, out_features, layer.bias is not None)
-
-    linear.weight = weight
-    linear.bias = layer.bias
-    return linear.train(layer.training)
+    """Whether it is transformers' Conv1D. PyTorch's is another thing."""
+    return classes_of(layer)[0] == CONV1D
 
 
 class Watched(nn.Module):
@@ -78,17 +81,15 @@ def layers_that_are_read(model):
             layers[name] = module
     watched = {layer: Watched(layer) for layer in layers.values()}
 
-    was_training = model.training
     for name, layer in layers.items():
         model.set_submodule(name, watched[layer])
     try:
         for training in (True, False):  # there may be a faster way in one of them
-            model.train(training)
-            model(random_ids(model))
+            with in_mode(training, model):
+                model(random_ids(model))
     finally:
         for name, layer in layers.items():
             model.set_submodule(name, layer)
-        model.train(was_training)
 
     return {name: layer for name, layer in layers.items() if watched[layer].is_read}
 
@@ -96,20 +97,11 @@ def layers_that_are_read(model):
 class ExactLinear(nn.Module):
     """A linear layer that tsld.quantize_model does not see."""
 
-    def __init__(self, linear):
-        super().__init__()
-        self.in_features = linear.in_features
-        self.out_features = linear.out_features
-        self.weight = linear.weight
-        self.bias = linear.bias
-
-    def forward(self, x):
-        return F.linear(x, self.weight, self.bias)
+    forward = nn.Linear.forward
 
 
-def keep_exact(model, layers):
-    """Replaces nn.Linear layers by ones that stay in full precision, with the same
-    parameters, in place. layers: name to layer."""
-    exact = {layer: ExactLinear(layer) for layer in layers.values()}
-    for name, layer in layers.items():
-        model.set_submodule(name, exact[layer])
+def keep_exact(layers):
+    """Makes each nn.Linear a layer that stays in full precision, in place. It keeps all
+    that it has: parameters, names, hooks, a forward of its own."""
+    for layer in layers:
+        layer.__class__ = ExactLinear

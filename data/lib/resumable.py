@@ -44,18 +44,16 @@ def kl_to_teacher(student, teacher, ids):
     No student gets a distillation loss below the teacher's own entropy. This is the
     part above that floor, and 0 for the teacher itself.
     """
-    was_training = student.training
-    student.eval()
     ids = ids.to(next(student.parameters()).device)
 
     total = 0.0
-    for row in ids.split(1):  # one at a time, to bound the logits' memory
-        log_student = student(row).float().log_softmax(dim=-1)  # (1, T, V)
-        log_teacher = teacher(row).float().log_softmax(dim=-1)
-        kl = F.kl_div(log_student, log_teacher, reduction="sum", log_target=True)
-        total += kl.item()
+    with tsld.evaluating(student):
+        for row in ids.split(1):  # one at a time, to bound the logits' memory
+            log_student = student(row).float().log_softmax(dim=-1)  # (1, T, V)
+            log_teacher = teacher(row).float().log_softmax(dim=-1)
+            kl = F.kl_div(log_student, log_teacher, reduction="sum", log_target=True)
+            total += kl.item()
 
-    student.train(was_training)
     return total / ids.numel()
 
 

@@ -374,6 +374,14 @@ def test_a_model_that_does_not_take_its_block_is_refused():
         checks.check_student(student, setup_of(block_size=9, dtype="bfloat16"))
 
 
+def with_a_hook(layer):
+    layer.register_forward_hook(lambda *step: 100 * step[-1])
+
+
+def with_a_forward_of_its_own(layer):
+    layer.forward = lambda x: 100 * nn.Linear.forward(layer, x)
+
+
 def test_layers_that_are_read_and_not_called_are_found_and_stay_in_full_precision():
     model = Small()
     before = [*model.modules()]
@@ -386,12 +394,27 @@ def test_layers_that_are_read_and_not_called_are_found_and_stay_in_full_precisio
     assert layers == {"inner.block.linear": model.inner.block.linear}
     assert [*model.modules()] == before
 
-    linear.keep_exact(model, layers)
+    linear.keep_exact(layers.values())
     assert type(model.inner.block.linear) is linear.ExactLinear
     assert torch.equal(model(ids), expected)
     assert [*model.state_dict()] == [*Small().state_dict()]
     with pytest.raises(ValueError, match="no nn.Linear"):
         tsld.quantize_model(model)
+
+
+@pytest.mark.parametrize("change", [with_a_hook, with_a_forward_of_its_own])
+def test_a_layer_that_is_read_and_called_and_does_more_still_does(change):
+    model = Small()
+    block = model.inner.block
+    block.forward = lambda x: block.linear(x) + x @ block.linear.weight.t()
+    change(block.linear)
+    ids = checks.random_ids(model)
+    expected = model(ids)
+
+    layers = linear.layers_that_are_read(model)
+    assert [*layers] == ["inner.block.linear"]
+    linear.keep_exact(layers.values())
+    assert torch.equal(model(ids), expected)
 
 
 def test_a_student_of_mamba_which_may_read_layers_computes_the_same_when_packed():

@@ -12,6 +12,7 @@ import copy
 import importlib.util
 import json
 import math
+import operator
 import socket
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import tsld
-from data.lib import hf, published
+from data.lib import checks, hf, linear, published
 from data.lib.errors import UserError
 from data.tests import helpers
 from data.tests.helpers import MICRO, WORDS, Payload, micro_gpt, micro_ids, randn
@@ -295,6 +296,8 @@ def test_logits_are_those_of_transformers_gpt2_from_the_same_file(
 class Conv1D(nn.Module):
     """Shaped like the class of that name in transformers: the weight is (in, out)."""
 
+    __module__ = "transformers.pytorch_utils"
+
     def __init__(self, nf, nx):
         super().__init__()
         self.nf = nf
@@ -309,12 +312,15 @@ class Conv1D(nn.Module):
 class FalconLinear(nn.Linear):
     """Computes what nn.Linear does, as the class of that name in transformers."""
 
+    __module__ = "transformers.models.falcon.modeling_falcon"
+
 
 def test_a_conv1d_becomes_a_linear_layer_with_the_transposed_weight():
     model = nn.Sequential(Conv1D(5, 3))
     model[0].weight.requires_grad_(False)
     model[0].eval()
-    before, x = model[0], randn(2, 3)
+    before, x = copy.copy(model[0]), randn(2, 3)
+    before._parameters = dict(before._parameters)
 
     assert hf.linear_layers(model) is model
     assert type(model[0]) is nn.Linear
@@ -331,21 +337,83 @@ def test_a_conv1d_becomes_a_linear_layer_with_the_transposed_weight():
 def test_the_new_weight_is_a_copy(nf):
     # With a single output the transposed weight lies in memory as the weight does.
     conv = Conv1D(nf, 3)
-    before = conv.weight.detach().clone()
+    weight = conv.weight
+    before = weight.detach().clone()
     (linear,) = hf.linear_layers(nn.Sequential(conv))
     linear.weight.data.zero_()
-    assert torch.equal(conv.weight, before)
+    assert torch.equal(weight, before)
 
 
 def test_falcons_linear_layer_becomes_torchs_with_the_same_parameters():
     layers = nn.Sequential(FalconLinear(3, 4, bias=False), FalconLinear(4, 2))
-    before = [*layers]
-    after = [*hf.linear_layers(layers)]
+    before = [*layers.parameters()]
+    after = hf.linear_layers(layers)
     assert [type(layer) for layer in after] == [nn.Linear, nn.Linear]
-    assert after[0].weight is before[0].weight and after[0].bias is None
-    assert after[1].weight is before[1].weight and after[1].bias is before[1].bias
+    assert all(map(operator.is_, after.parameters(), before))
+    assert after[0].bias is None
 
     tsld.quantize_model(layers)  # which refuses the subclass
+
+
+def with_forward_hook(layer):
+    layer.register_forward_hook(lambda *step: 100 * step[-1])
+
+
+def with_pre_hook(layer):
+    layer.register_forward_pre_hook(lambda _, x: (100 * x[0],))
+
+
+def with_backward_hook(layer):
+    layer.register_full_backward_hook(lambda _, into, out: into)
+
+
+def with_old_weight_norm(layer):
+    torch.nn.utils.weight_norm(layer)
+
+
+def with_a_forward_of_its_own(layer):
+    layer.forward = lambda x: 100 * type(layer).forward(layer, x)
+
+
+def with_a_parametrization(layer):
+    torch.nn.utils.parametrizations.weight_norm(layer)
+
+
+def with_a_subclass_of_the_same_name(layer):
+    def forward(self, x):
+        return 100 * super(type(self), self).forward(x)
+
+    of_class = type(layer)
+    layer.__class__ = type(of_class.__name__, (of_class,), {"forward": forward})
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("of_class", [Conv1D, FalconLinear])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (with_forward_hook, "has hooks"),
+        (with_pre_hook, "has hooks"),
+        (with_backward_hook, "has hooks"),
+        (with_old_weight_norm, "has hooks"),
+        (with_a_forward_of_its_own, "has a forward of its own"),
+        (with_a_parametrization, "is a .*Parametrized"),
+        (with_a_subclass_of_the_same_name, "is a "),
+    ],
+)
+def test_a_layer_that_does_more_than_its_class_is_refused_before_any_change(
+    change, words, of_class
+):
+    model = nn.ModuleDict({"first": of_class(4, 4), "second": of_class(4, 4)})
+    change(model.second)
+    before = {name: type(layer) for name, layer in model.items()}
+    expected = [layer(randn(2, 4)) for layer in model.values()]
+
+    with pytest.raises(ValueError, match=f"^second {words}"):
+        hf.linear_layers(model)
+    assert {name: type(layer) for name, layer in model.items()} == before
+    for layer, y in zip(model.values(), expected, strict=True):
+        assert torch.equal(layer(randn(2, 4)), y)
 
 
 def test_a_layer_that_is_used_twice_stays_one_layer():
@@ -364,7 +432,9 @@ def test_what_only_has_the_name_or_is_a_linear_layer_already_stays():
         pass
 
     layers = [Conv1D(2, 2, 1), nn.Linear(2, 2), QuantLinear(2, 2), nn.LayerNorm(2)]
-    assert [*hf.linear_layers(nn.Sequential(*layers))] == layers
+    before = [type(layer) for layer in layers]
+    after = hf.linear_layers(nn.Sequential(*layers))
+    assert [type(layer) for layer in after] == before
 
 
 # --------------------------------------------------------------------------------------
@@ -607,6 +677,31 @@ def test_generation_samples_by_temperature_and_top_k(monkeypatch):
     model.generate(micro_ids(T=2), 1)
 
     assert settings == [((2, 17), 0.7, 3)] * 2 + [((2, 17), 1.0, None)]
+
+
+def test_each_modules_mode_is_left_as_it_was_even_after_an_error():
+    model = hf.adapted(StandIn()).train()
+    model.inner.base_model.gpt.h[0].eval()
+    before = {name: module.training for name, module in model.named_modules()}
+
+    def now():
+        return {name: module.training for name, module in model.named_modules()}
+
+    model.generate(micro_ids(T=2), 2)
+    assert now() == before
+    with pytest.raises(ValueError, match="too low"):
+        model.generate(micro_ids(T=2), 2, temperature=-1)
+    assert now() == before
+
+    checks.logits_are_hidden_times_head(model)
+    assert now() == before
+    linear.layers_that_are_read(model)
+    assert now() == before
+    model.inner.base_model.mix.register_forward_hook(lambda *step: 1 / 0)
+    for check in (checks.logits_are_hidden_times_head, linear.layers_that_are_read):
+        with pytest.raises(ZeroDivisionError):
+            check(model)
+        assert now() == before
 
 
 def test_a_stream_yields_the_columns_of_generate_and_leaves_the_mode_as_found():
@@ -928,6 +1023,20 @@ def test_a_familys_student_is_unpacked_as_a_model_of_its_family(name, tmp_path):
     packed = sum(isinstance(m, tsld.PackedLinear) for m in student.modules())
     values = [p.unique().numel() for p in again.parameters() if p.dim() == 2]
     assert sum(n <= 3 for n in values) >= packed > 0
+
+
+@pytest.mark.parametrize(
+    "name, place",
+    [
+        ("GPT2LMHeadModel", "transformer.h.1.mlp.c_fc"),
+        ("FalconForCausalLM", "transformer.h.1.mlp.dense_h_to_4h"),
+    ],
+)
+def test_a_hook_on_a_familys_own_linear_layer_is_refused_by_its_name(name, place):
+    inner = family(name)
+    inner.get_submodule(place).register_forward_hook(lambda *step: 100 * step[-1])
+    with pytest.raises(ValueError, match=f"^{place} has hooks"):
+        hf.adapted(inner)
 
 
 def test_logits_of_a_head_with_layers_of_its_own_have_no_hidden():

@@ -351,10 +351,15 @@ def test_training_that_diverges_names_the_last_checkpoint_if_it_made_one(
 
 def test_the_distance_to_the_teacher_is_the_mean_kl_divergence():
     student = a_student().train()
+    student.h[0].eval()
+    modes = [module.training for module in student.modules()]
     teacher = micro_gpt(2)
     ids = micro_ids(3, 8)
     distance = kl_to_teacher(student, teacher, ids)
-    assert student.training
+    assert [module.training for module in student.modules()] == modes
+    with pytest.raises(ValueError, match="0 to 16"):
+        kl_to_teacher(student, teacher, ids + 17)
+    assert [module.training for module in student.modules()] == modes
 
     q = softmax64(student.eval()(ids).detach())
     p = softmax64(teacher(ids).detach())
