@@ -14,6 +14,7 @@ import torch
 
 from data.lib.processes import processes
 from data.lib.scores import count_parameters
+from data.lib.transcript import takes_weight
 
 PACKAGES = ("torch", "numpy", "tiktoken", "transformers")
 
@@ -66,21 +67,23 @@ def how_it_was_made(setup, teacher):
     """What it takes to make a run again, as text: its command, the settings of teacher
     and student, and everything else, name -> value."""
     args, source = setup.args, setup.source
-    parts = ("train", "student", "valid", "test")
-    sizes = [f"{part} {len(setup.tokens[part]):,}" for part in parts]
-    settings = {}
-    for name, config in (("teacher", setup.teacher), ("student", setup.student)):
-        settings[name] = {key: str(value) for key, value in asdict(config).items()}
+    tokens = {part: len(ids) for part, ids in setup.tokens.items()}
+    configs = {"teacher": setup.teacher, "student": setup.student}
+    read = [c.steps * c.batch_size * c.block_size for c in configs.values()]
+    parameters = count_parameters(teacher)
 
     return {
         "command": command_of(args.words),
-        "settings": settings,
+        "settings": {name: settings_of(c) for name, c in configs.items()},
+        "parameters": parameters,
+        "tokens": tokens,
+        "read": read,
         "others": {
-            "model": f"{source.name}, {count_parameters(teacher):,} parameters",
+            "model": f"{source.name}, {parameters:,} parameters",
             "the teacher starts": source.init,
             "quantizer": f"{args.bits} bits, one scale for each {args.granularity}",
             "text": setup.corpus,
-            "tokens": ", ".join(sizes),
+            "tokens": ", ".join(f"{part} {size:,}" for part, size in tokens.items()),
             "tokenizer": source.tokenizer.name,
             "device": f"{setup.device}, {processes()[1]} process(es)",
             "machine": f"{machine()}, {platform.platform()}",
@@ -89,3 +92,13 @@ def how_it_was_made(setup, teacher):
             "date": datetime.date.today().isoformat(),
         },
     }
+
+
+def settings_of(config):
+    """The fields of a TrainConfig as text, empty where its loss does not use them."""
+    settings = {key: str(value) for key, value in asdict(config).items()}
+    if config.loss != "tsld":
+        settings["temperature"] = ""
+    if not takes_weight(config.loss):
+        settings["gt_weight"] = ""
+    return settings

@@ -6,20 +6,21 @@ import math
 import re
 from pathlib import Path
 
-from data.lib import files
+from data.lib import files, findings
 from data.lib.errors import UserError
+from data.lib.findings import percent, perplexity, temperature
 from data.lib.pictures import (
     PICTURES,
     curves,
     matrix,
     positions,
-    quarters,
     table,
     text,
+    visible,
 )
-from data.lib.transcript import won_back
+from data.lib.transcript import sees_labels, won_back
 
-FORMAT = 1  # of report.json
+FORMAT = 2  # of report.json
 PAPERS = 10.0  # the temperature of the paper's experiments
 DECADE = (1, 1.25, 1.6, 2, 2.5, 3.2, 4, 5, 6.3, 8)
 NOTCHES = [digits * power for power in (1, 10, 100) for digits in DECADE]  # of τ
@@ -28,6 +29,12 @@ MOST_HURT = 6  # tokens that are listed
 
 def leave_report(out, numbers):
     """Writes report.json and report.html, and says where the page is."""
+    # Six digits are enough. JSON has no infinity.
+    numbers = json.loads(
+        json.dumps(numbers),
+        parse_float=lambda digits: float(f"{float(digits):.6g}"),
+        parse_constant=lambda name: 1e300,
+    )
     files.write_text(Path(out) / "report.json", json.dumps(numbers) + "\n")
     print(f"report: open {write_page(out)} in a browser")
 
@@ -53,25 +60,34 @@ def write_page(folder):
 def make_page(numbers):
     """The page, from what report.gather returns."""
     sequence, texts, made = numbers["sequence"], numbers["texts"], numbers["made"]
+    results, found = numbers["results"], numbers["matrix"]
+    last = results[-1]
+    values = findings.values_of(last["bits"])
     parts = {
-        "title": f"Rounded to {numbers['results'][-1]['bits']} bits, and trained back",
-        "sentence": sentence(numbers["results"][-1]),
-        "lesson": " ".join(numbers["lesson"]),
-        "scores": scores(numbers["results"], numbers["curves"]),
+        "title": f"Rounded to {values}, and trained back",
+        "sentence": findings.happened(last),
+        "lesson": findings.after_all(numbers),
+        "scores": scores(results, numbers["curves"]),
+        "sizes": findings.sizes(last),
+        "doubt": findings.doubt(sequence),
         "curves": curves(numbers["curves"]),
+        "watched": f"{numbers['watched']:,}",
         "sequences": str(numbers["sequences"]),
         "positions": positions(numbers),
-        "growth": growths(numbers["rounded"], numbers["student"]),
+        "trends": findings.trends(numbers["rounded"], numbers["student"]),
         "hurt": most_hurt(sequence),
-        "matrix": matrix(numbers["matrix"]),
+        "overlap": findings.overlap(sequence),
+        "matrix": matrix(found, findings.spikes(found)),
         "begins": texts["title"],
         "prompt": text(texts["prompt"]),
+        "samples": findings.samples(made),
         "texts": continuations(texts),
+        "limits": "".join(f"<li>{words}</li>" for words in findings.limits(numbers)),
         "command": text(made["command"]),
         "settings": settings(made["settings"]),
         "others": table([], [[text(k), text(v)] for k, v in made["others"].items()]),
     }
-    parts |= of_tokens(sequence, numbers["results"][-1]["loss"])
+    parts |= of_tokens(sequence, last)
     template = Path(__file__).with_name("report.html").read_text("utf-8")
     content = re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], template)
 
@@ -80,53 +96,20 @@ def make_page(numbers):
 
 
 # --------------------------------------------------------------------------------------
-# Words
+# 1. What happened
 
 
 def bar(share):
     return f'<i class="bar" style="width:{100 * share:.2f}%"></i>'
 
 
-def perplexity(value):
-    return f"{value:,.1f}" if value < 1e6 else f"{value:.3g}"
-
-
-def percent(share):
-    return f"{share:.1%}"
-
-
-def temperature(tau):
-    return "∞" if math.isinf(tau) else f"{tau:g}"
-
-
-# --------------------------------------------------------------------------------------
-# 1. What happened
-
-
-def sentence(row):
-    """What happened, from a row of results.json."""
-    won = won_back(row["teacher_bpb"], row["ptq_bpb"], row["student_bpb"])
-    won = f", which wins {won} of the damage back" if won else ""
-    packed, whole = row["bytes_packed"] / 1e6, row["bytes_fp32"] / 1e6
-
-    return (
-        "A language model was trained, the teacher. "
-        f"Rounding its weights to {row['bits']} bits took the perplexity from "
-        f"{perplexity(row['teacher_ppl'])} to "
-        f'<em class="bad">{perplexity(row["ptq_ppl"])}</em>; '
-        "a student, trained with the rounding in place to predict what the teacher "
-        "does, has "
-        f'<em class="good">{perplexity(row["student_ppl"])}</em>{won}, '
-        f"in a file of {packed:,.2f} MB instead of {whole:,.2f} MB."
-    )
-
-
 def scores(results, labels):
-    """All models in a table, with a bar for each perplexity."""
+    """All models in a table, with a bar for each perplexity. labels: of students."""
     first = results[0]
     models = [("teacher", "teacher", first, first["bytes_fp32"])]
-    models.append(("rounded", "ptq", first, first["bytes_packed"]))
-    models += [(n, "student", r, r["bytes_packed"]) for n, r in zip(labels, results)]
+    models.append(("rounded teacher", "ptq", first, first["bytes_packed"]))
+    for label, row in zip(labels, results, strict=True):
+        models.append((f"student, {label}", "student", row, row["bytes_packed"]))
     units = [u for u in ("accuracy", "acc_norm", "mcc") if f"teacher_{u}" in first]
     longest = max(row[f"{model}_ppl"] for _, model, row, _ in models)
 
@@ -137,10 +120,14 @@ def scores(results, labels):
         if model == "student":
             won = won_back(row["teacher_bpb"], row["ptq_bpb"], row["student_bpb"])
         cells = [text(name), bar(ppl / longest), perplexity(ppl)]
+        cells.append(f"{row[f'{model}_bpb']:.3f}")
         cells += [f"{row[f'{model}_{unit}']:.3f}" for unit in units]
-        rows.append([*cells, won, f"{size:,}"])
+        if "test_teacher_ppl" in first:
+            cells.append(perplexity(row[f"test_{model}_ppl"]))
+        rows.append([*cells, won, f"{size / 1e6:,.2f}"])
 
-    head = ["model", "", "perplexity", *units, "won back", "bytes"]
+    test = ["test perplexity"] * ("test_teacher_ppl" in first)
+    head = ["model", "", "perplexity", "bits/byte", *units, *test, "won back", "MB"]
     return table(head, rows, [model for _, model, _, _ in models])
 
 
@@ -148,21 +135,24 @@ def scores(results, labels):
 # 2. The tokens
 
 
-def of_tokens(sequence, loss):
-    """The parts of the page that are about tokens and their weights."""
+def of_tokens(sequence, row):
+    """The parts of the page that are about tokens and their weights. row: the
+    student's, of results.json."""
     tau = float(sequence["temperature"])
     notches = sorted({*NOTCHES, math.inf, tau})
     marks = {notches.index(PAPERS): "the paper’s"}
-    own = (
-        f"This run’s loss, {loss}, scales no token. Shown is what TSLD would do, with "
-    )
-    own += "the paper’s τ = 10."
-    if sequence["is_scaled"]:
+    own = f"This run’s loss, {row['loss']}, scales no token. Shown is what TSLD would "
+    own += "do, with the paper’s τ = 10."
+    added = ""
+    if row["loss"] == "tsld":
         own = f"This run has τ = {temperature(tau)}."
         is_papers = tau == PAPERS
         marks[notches.index(tau)] = (
             "the paper’s and ours" if is_papers else "this run’s"
         )
+        if sees_labels(row):
+            added = f" + {row['gt_weight']:g} · mean<sub>n</sub>(−log P<sup>S</sup>"
+            added += "(true token n))"
 
     buttons = ""
     for at, words in marks.items():
@@ -174,13 +164,14 @@ def of_tokens(sequence, loss):
 
     return {
         "own": own,
+        "added": added,
         "buttons": buttons,
         "last": str(len(notches) - 1),
         "notch": str(notches.index(tau)),
-        "lead": text(sequence["lead"]),
+        "lead": visible(sequence["lead"]),
         "tokens": shaded(sequence),
         "tokens_alt": extremes(sequence),
-        "numbers": for_script(sequence, notches, marks),
+        "numbers": for_script(sequence, notches, marks, added and row["gt_weight"]),
     }
 
 
@@ -203,9 +194,7 @@ def extremes(sequence):
     """The shades in words."""
     of_token = counts(sequence)
     order = sorted(range(len(of_token)), key=lambda n: of_token[n])
-    words = [
-        f"“{text(t.strip())}” {c:.2f}" for t, c in zip(sequence["tokens"], of_token)
-    ]
+    words = [f"“{visible(t)}” {c:.2f}" for t, c in zip(sequence["tokens"], of_token)]
 
     # A token that comes twice is named once.
     most = ", ".join([*dict.fromkeys(words[n] for n in reversed(order))][:3])
@@ -213,11 +202,14 @@ def extremes(sequence):
     tau = temperature(float(sequence["temperature"]))
     length = len(sequence["weights"])
     sizes = f"All {length}" if len(order) == length else f"{len(order)} of the {length}"
-    start = f"{sizes} tokens that are predicted in one sequence; the grey one is read."
+    start = (
+        f"{sizes} tokens that are predicted in one sequence. The first token of the "
+    )
+    start += f"text, “{visible(sequence['lead'])}” in grey, is read and not predicted."
     return f"{start} At τ = {tau} count most: {most}; least: {least}."
 
 
-def for_script(sequence, notches, marks):
+def for_script(sequence, notches, marks, gt_weight):
     """What the page's script needs, as JSON that may stand in a <script>."""
     models = []
     for model in sequence["models"]:
@@ -229,6 +221,7 @@ def for_script(sequence, notches, marks):
         "ce_teacher": sequence["ce_teacher"],
         "notches": [None if math.isinf(tau) else tau for tau in notches],
         "marks": marks,
+        "gt_weight": gt_weight or 0,
         "tokens": [token.translate(PICTURES) for token in sequence["tokens"]],
         "models": models,
         "heaviest": of_token.index(max(of_token)),
@@ -243,24 +236,15 @@ def most_hurt(sequence):
     rows = []
     for n in order[:MOST_HURT]:
         before = "".join([sequence["lead"], *sequence["tokens"]][max(0, n - 3) : n + 1])
-        token = text(sequence["tokens"][n])
-        row = [f"<bdi>{text(before)}<strong>{token}</strong></bdi>"]
+        token = visible(sequence["tokens"][n])
+        row = [f"<bdi>{visible(before)}<mark>{token}</mark></bdi>"]
         for model in sequence["models"]:
-            guess, share = text(model["guesses"][n][0]), model["shares"][n][0]
+            guess, share = visible(model["guesses"][n][0]), model["shares"][n][0]
             row.append(f"“<bdi>{guess}</bdi>” {percent(share)}")
         rows.append([*row, f"{distances[1][n]:.2f}", f"{distances[2][n]:.2f}"])
 
-    head = ["what came (bold)", "teacher’s guess", "rounded’s", "student’s"]
+    head = ["what came (marked)", "teacher’s guess", "rounded’s", "student’s"]
     return table([*head, "KL, rounded", "KL, student"], rows)
-
-
-def growths(rounded, student):
-    """Whether errors add up along the sequence, in words."""
-    first, last = quarters(rounded)
-    found = "They do" if last > 1.05 * first else "Here they do not"
-    words = f"{found}: the rounded teacher is {first:.2f} nats off in the first quarter"
-    words += f" of a sequence and {last:.2f} in the last, the student "
-    return words + "{:.3f} and {:.3f}.".format(*quarters(student))
 
 
 # --------------------------------------------------------------------------------------
@@ -275,9 +259,10 @@ def continuations(texts):
         ("sampled", "Drawn from the 200 likeliest, temperature 0.8"),
     ):
         parts += f'<h3>{title}</h3><div class="three">'
-        for name, continuation in texts[how].items():
+        names = ("teacher", "rounded teacher", "student")
+        for name, continuation in zip(names, texts[how].values(), strict=True):
             words = f"<bdi>{text(continuation)}</bdi>"
-            parts += f"<div><h4>{text(name)}</h4><p>{words}</p></div>"
+            parts += f"<div><h4>{name}</h4><p>{words}</p></div>"
         parts += "</div>"
     return parts
 

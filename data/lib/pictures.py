@@ -18,13 +18,19 @@ def text(content):
     return html.escape(str(content).translate(PICTURES))
 
 
+def visible(token):
+    """A token as HTML in which blanks can be seen."""
+    return text(token).replace(" ", "␣")
+
+
 def table(head, rows, classes=None):
-    """head, rows: HTML of the cells; the first of a row is its heading. classes: of the
-    rows."""
+    """head, rows: HTML of the cells; the first of a row is its heading. A narrow window
+    shows the head beside each cell. classes: of the rows."""
     top = "".join(f'<th scope="col">{cell}</th>' for cell in head)
     lines = []
     for n, (first, *others) in enumerate(rows):
-        cells = "".join(f"<td>{cell}</td>" for cell in others)
+        named = zip(others, head[1:] or [""] * len(others), strict=True)
+        cells = "".join(f'<td data-head="{name}">{cell}</td>' for cell, name in named)
         kind = classes[n] if classes else ""
         lines.append(f'<tr class="{kind}"><th scope="row">{first}</th>{cells}</tr>')
 
@@ -67,9 +73,12 @@ class Logarithmic:
         return 100 * math.log(value / self.low) / math.log(self.high / self.low)
 
     def marks(self):
-        """1, 2 and 5 times the powers of ten; these alone where they are many."""
+        """1, 2 and 5 times the powers of ten; these alone where they are many, and
+        others between them where they are few."""
         first, last = (math.floor(math.log10(v)) for v in (self.low, self.high))
         digits = (1, 2, 5) if last - first < 4 else (1,)
+        if self.high < 20 * self.low:
+            digits = (1, 1.5, 2, 3, 4, 5, 7)
         powers = range(first, last + 1)
         numbers = [digit * 10.0**power for power in powers for digit in digits]
         return [number for number in numbers if self.low <= number <= self.high]
@@ -112,6 +121,7 @@ def chart(lines, title, x_name):
     numbers = table([x_name, *map(text, lines)], rows)
 
     marks += f'<span class="name">{x_name}</span>'
+    marks += '<span class="height">KL in nats: lower is nearer to the teacher</span>'
     return (
         f'<figure><ul class="legend">{keys}</ul>'
         f"{plot(drawn, marks, f'{title}. Its numbers follow.')}"
@@ -128,29 +138,29 @@ def curves(students):
         loss = label.split()[0]
         is_plain = any(other.startswith(f"{label} + ") for other in students)
         name = f"{loss} dashed" if is_plain else loss
+        if len(students) == 1:
+            label = name = "student"
         points = [(step, value) for step, value in curve if value and value > 0]
-        lines[label] = ("student" if len(students) == 1 else name, points or [(0, 1.0)])
+        lines[label] = (name, points or [(0, 1.0)])
     return chart(lines, "Distance to the teacher, in nats", "step")
 
 
 def positions(numbers):
     """How far rounded teacher and student are from the teacher along a sequence."""
     lines = {}
-    for name in ("rounded", "student"):
-        values = [max(value, 1e-6) for value in numbers[name]]  # for the axis
-        size = math.ceil(len(values) / BINS)
-        bins = [values[n : n + size] for n in range(0, len(values), size)]
-        points = [((n + 0.5) * size, sum(b) / len(b)) for n, b in enumerate(bins)]
-        lines[name] = (name, points)
+    for name, label in (("rounded", "rounded teacher"), ("student", "student")):
+        lines[label] = (name, averages(numbers[name]))
 
     title = "Distance to the teacher by position, in nats"
     return chart(lines, title, "position in the sequence")
 
 
-def quarters(values):
-    """The means of the first and of the last quarter."""
-    size = max(1, len(values) // 4)
-    return sum(values[:size]) / size, sum(values[-size:]) / size
+def averages(values):
+    """(place, mean) of neighbours, for a logarithmic axis. values: by position."""
+    values = [max(value, 1e-6) for value in values]
+    size = math.ceil(len(values) / BINS)
+    bins = [values[n : n + size] for n in range(0, len(values), size)]
+    return [(n * size + (len(b) + 1) / 2, sum(b) / len(b)) for n, b in enumerate(bins)]
 
 
 # --------------------------------------------------------------------------------------
@@ -159,8 +169,8 @@ def quarters(values):
 CODES = {-1: "minus", 0: "zero", 1: "plus"}
 
 
-def matrix(found):
-    """A ternary matrix before and after training."""
+def matrix(found, spikes):
+    """A ternary matrix before and after training. spikes: a sentence about both."""
     if found is None:
         return "<p>A weight of 4 bits has 16 values. This picture is of three.</p>"
 
@@ -168,37 +178,54 @@ def matrix(found):
     shared = ""
     if found["granularity"] == "channel":
         shared = " Each row has its own Δ and α; marked are their means."
+    limit = max(found[when]["limit"] for when in ("before", "after"))
+    highest = max(max(densities(found[when])) for when in ("before", "after"))
+
     parts = ""
     for when, of in (("before", "the teacher’s"), ("after", "the student’s")):
         weights = found[when]
         parts += f"<div><h3>{when.capitalize()} training: {of} weights</h3>"
         codes = picture(weights["corner"], found["before"]["corner"], when)
-        parts += histogram(weights) + codes + "</div>"
+        parts += histogram(weights, limit, highest) + codes + "</div>"
+
+    moved = sum(found["after"]["moved"]) / (rows * columns)
     return (
         f"<p><code>{text(found['name'])}</code> has {rows:,} × {columns:,} weights. "
-        "Training keeps all weights in full precision (the histograms). The model "
-        "computes with three values alone: a weight between −Δ and Δ becomes 0, any "
-        f"other −α or α.{shared} Below are its first rows and columns as the model "
-        "sees them: orange is −α, grey 0, blue α. Training moved "
-        f"{found['changed']:.1%} of the matrix’s weights to another of the three "
+        "Training keeps all weights in full precision (the histograms, of one scale). "
+        "The model computes with three values alone: a weight between −Δ and Δ becomes "
+        f"0, any other −α or α.{shared} Orange is −α, grey 0, blue α. {spikes}</p>"
+        "<p>Below them are the matrix’s first rows and columns as the model sees them. "
+        f"Training moved {moved:.1%} of all its weights to another of the three "
         f'values; here they have a dot.</p><div class="pair">{parts}</div>'
     )
 
 
-def histogram(weights):
-    """How often a weight is of a size, and what becomes of it."""
-    limit, counts = weights["limit"] or 1.0, weights["counts"]
-    delta, alpha = weights["threshold"], weights["scale"]
-    width = 100 / len(counts)
-    drawn, marks = "", ""
-    for n, count in enumerate(counts):
-        middle = limit * (2 * (n + 0.5) / len(counts) - 1)
-        code = CODES[(middle > delta) - (middle < -delta)]
-        height = 100 * count / max(counts)
-        bar = f"M{n * width:.2f} 100v-{height:.2f}h{width:.2f}v{height:.2f}z"
-        drawn += f'<path class="fill {code}" d="{bar}"/>'
+def densities(weights):
+    """How many weights there are for each unit of size, by bin."""
+    width = 2 * weights["limit"] / len(weights["moved"])
+    return [sum(of_codes) / width for of_codes in zip(*weights["counts"])]
 
-    for sign, share in zip((-1, 0, 1), weights["shares"]):
+
+def histogram(weights, limit, highest):
+    """How often a weight is of a size, and what becomes of it. limit, highest: of the
+    axes, which several pictures share."""
+    delta, alpha, bins = weights["threshold"], weights["scale"], weights["counts"]
+    size = len(bins[0])
+    width = 100 * weights["limit"] / limit / size
+    unit = 100 / highest * size / (2 * weights["limit"])  # the height of one weight
+    drawn, marks = "", ""
+    heights = [100.0] * size
+    for code, counts in zip(CODES.values(), bins, strict=True):
+        bars = ""
+        for n, count in enumerate(counts):
+            heights[n] -= unit * count  # one code on top of another
+            if count:
+                corner = f"M{50 + (n - size / 2) * width:.2f} {heights[n]:.2f}"
+                bars += f"{corner}h{width:.2f}v{unit * count:.2f}h-{width:.2f}z"
+        drawn += f'<path class="fill {code}" d="{bars}"/>'
+
+    shares = [sum(counts) / sum(map(sum, bins)) for counts in bins]
+    for sign, share in zip(CODES, shares, strict=True):
         place = 50 + 50 * sign * alpha / limit
         name = {-1: "−α", 0: "0", 1: f"α {alpha:.3f}"}[sign]
         drawn += f'<path class="stem" d="M{place:.2f} 100V0"/>'
@@ -210,7 +237,9 @@ def histogram(weights):
         value = f" {delta:.3f}" if sign > 0 else ""
         marks += f'<span class="top" style="left:{place:.2f}%">{name}{value}</span>'
 
-    shares = ", ".join(f"{share:.1%}" for share in weights["shares"])
+    marks += '<span class="name">a weight’s value</span>'
+    marks += '<span class="height">number of weights</span>'
+    shares = ", ".join(f"{share:.1%}" for share in shares)
     alt = f"Histogram. Delta is {delta:.3g}, alpha {alpha:.3g}; the shares of minus "
     alt += f"alpha, 0 and alpha are {shares}"
     return plot(drawn, marks, alt, "plot low")

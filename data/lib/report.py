@@ -1,7 +1,7 @@
 """The numbers of the page that a run leaves. page.py makes the page of them."""
 
 import copy
-import json
+import math
 
 import torch
 
@@ -14,7 +14,8 @@ from data.lib.resumable import first_blocks, kl_to_teacher
 READ = 4096  # tokens of the validation text that the models are compared on
 SHOWN = 256  # most tokens that are shown one by one
 CORNER = 32  # rows and columns of a matrix that are shown one by one
-BINS = 60  # of a histogram
+PARTS = 8  # bins of a histogram from 0 to Δ
+MOST = 32  # of them from 0 to α
 
 
 @torch.no_grad()
@@ -30,18 +31,19 @@ def gather(setup, models, paths, results):
     targets = first_blocks(text[1:], block_size, blocks).to(setup.device)
 
     # All students start as the rounded teacher. mmap reads what is looked at alone.
-    start = kl_to_teacher(rounded, teacher, first_blocks(text, block_size))
+    watched = first_blocks(text, block_size)
+    start = kl_to_teacher(rounded, teacher, watched)
     curves = {}
     for config, path in zip(setup.students.values(), paths.values(), strict=True):
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         curves[transcript.describe(config)] = [[0, start], *state["curve"]]
 
-    numbers = {
+    return {
         "format": FORMAT,
         "results": results,
-        "lesson": transcript.lesson_of_labels(results[-1]),
         "sequence": look_at_sequence(setup, models, ids[:1], targets[:1]),
         "curves": curves,
+        "watched": watched.numel(),
         "sequences": len(ids),
         "rounded": kl_by_position(rounded, teacher, ids, targets),
         "student": kl_by_position(student, teacher, ids, targets),
@@ -49,13 +51,6 @@ def gather(setup, models, paths, results):
         "texts": transcript.texts_of(setup, models),
         "made": how_it_was_made(setup, teacher),
     }
-
-    # Six digits are enough. JSON has no infinity.
-    return json.loads(
-        json.dumps(numbers),
-        parse_float=lambda digits: float(f"{float(digits):.6g}"),
-        parse_constant=lambda name: 1e300,
-    )
 
 
 def look_at_sequence(setup, models, ids, targets):
@@ -77,7 +72,6 @@ def look_at_sequence(setup, models, ids, targets):
         "lead": text_of(ids[0, 0].item()),
         "tokens": [text_of(token) for token in targets[0, :SHOWN].tolist()],
         "ce_teacher": ce_teacher[0].tolist(),
-        "is_scaled": bool(scaled),
         "temperature": str(temperature),
         "weights": tsld.token_scale(ce_teacher, temperature)[0].tolist(),
         "models": [predictions(each, logits[0], targets, text_of) for each in logits],
@@ -85,13 +79,16 @@ def look_at_sequence(setup, models, ids, targets):
 
 
 def predictions(logits, teacher_logits, targets, text_of):
-    """For each token of a sequence that is shown: the probability of the true one, the
-    likeliest ones, and the distance to the teacher."""
+    """For each token of a sequence that is shown: the probability of the true one, of
+    the teacher's likeliest, the likeliest ones, and the distance to the teacher."""
     terms = tsld.per_token_terms(logits, teacher_logits, targets)
-    likeliest = logits[0, :SHOWN].float().softmax(-1).topk(min(3, logits.shape[-1]))
+    p = logits[0, :SHOWN].float().softmax(-1)
+    expected = teacher_logits[0, :SHOWN].argmax(-1, keepdim=True)
+    likeliest = p.topk(min(3, p.shape[-1]))
 
     return {
         "true": (-terms.ce_student[0, :SHOWN]).exp().tolist(),
+        "expected": p.gather(1, expected)[:, 0].tolist(),
         "guesses": [[text_of(t) for t in row] for row in likeliest.indices.tolist()],
         "shares": likeliest.values.tolist(),
         "kl": kl(logits, teacher_logits, targets)[0, :SHOWN].tolist(),
@@ -121,30 +118,33 @@ def look_at_matrix(args, teacher, trained):
     name = next(name for name, m in layers if isinstance(m, tsld.QuantLinear))
     before = teacher.get_submodule(name).weight.float().cpu()
     after = trained[f"{name}.weight"].float()
-    codes, later = (tsld.ternarize(w, args.granularity)[0] for w in (before, after))
 
     return {
         "name": name,
         "shape": [*before.shape],
         "granularity": args.granularity,
-        "changed": (codes != later).float().mean().item(),
-        "before": look_at_weights(before, args.granularity),
-        "after": look_at_weights(after, args.granularity),
+        "before": look_at_weights(before, before, args.granularity),
+        "after": look_at_weights(after, before, args.granularity),
     }
 
 
-def look_at_weights(w, granularity):
-    """A matrix (out, in): its histogram, where its codes change, the share of each."""
+def look_at_weights(w, first, granularity):
+    """A matrix (out, in): a histogram of the weights of each code, and of those that
+    had another code at first, in bins that begin at 0 and Δ."""
     codes, scale = tsld.ternarize(w, granularity)
+    moved = codes != tsld.ternarize(first, granularity)[0]
     largest = (w.abs() * (codes == 0)).amax(dim=1)  # in each row, of what becomes 0
-    threshold = largest.max() if granularity == "tensor" else largest.mean()
-    limit = 3 * scale.mean().item()  # what is larger stands in the last bin
+    delta = (largest.max() if granularity == "tensor" else largest.mean()).item()
+    alpha = scale.mean().item()
 
-    return {
-        "limit": limit,
-        "counts": w.clamp(-limit, limit).histc(BINS, -limit, limit).tolist(),
-        "threshold": threshold.item(),
-        "scale": scale.mean().item(),
-        "shares": [(codes == code).float().mean().item() for code in (-1, 0, 1)],
-        "corner": codes[:CORNER, :CORNER].tolist(),
-    }
+    # What is larger than the limit stands in the last bin.
+    width = max(delta / PARTS, alpha / MOST) or 1.0
+    bins = math.ceil(3 * alpha / width) + 1
+    limit = bins * width
+    kinds = (codes < 0, codes == 0, codes > 0, moved)
+    parts = [w[kind].clamp(-limit, limit) for kind in kinds]
+    *counts, of_moved = [part.histc(2 * bins, -limit, limit).tolist() for part in parts]
+
+    numbers = {"threshold": delta, "scale": alpha, "limit": limit}
+    numbers |= {"counts": counts, "moved": of_moved}
+    return numbers | {"corner": codes[:CORNER, :CORNER].tolist()}

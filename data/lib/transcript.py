@@ -111,7 +111,9 @@ def print_lessons(results, sizes):
         f"than in FP32. The other {rest:,} are mostly the embedding, in float16."
     )
     if len(results) == 1:
-        lines += lesson_of_labels(results[0])
+        for lesson in lesson_of_better(results[0]):
+            claim = "This student is better than its teacher. It sees labels as well. "
+            lines.append(f"{claim if sees_labels(results[0]) else ''}{lesson}")
     lines += lessons_of_pairs(results)
 
     print()
@@ -119,15 +121,28 @@ def print_lessons(results, sizes):
         print(textwrap.fill(line, WIDTH))
 
 
-def lesson_of_labels(row):
-    """Why a student can be better than its teacher, if it is."""
-    sees_labels = row["loss"] in ("gt", "logit_gt") or row["gt_weight"]
-    if not sees_labels or row["student_ppl"] >= row["teacher_ppl"]:
+def sees_labels(row):
+    """Whether a student of results.json learned from the true tokens as well."""
+    return row["loss"] in ("gt", "logit_gt") or bool(row["gt_weight"])
+
+
+def lesson_of_better(row):
+    """What a perplexity below the teacher's says of a student, and what it does not."""
+    if row["student_ppl"] >= row["teacher_ppl"]:
         return []
-    return [
-        "This student is better than its teacher. It sees labels as well, and goes on "
-        "learning its text from where the teacher stopped."
-    ]
+
+    text = "task's answers" if row["task"] else "validation text"
+    lesson = f"On the {text} the student's perplexity is lower than its teacher's "
+    lesson += f"({row['student_ppl']:,.2f} and {row['teacher_ppl']:,.2f})"
+    if "test_student_ppl" in row:
+        student, teacher = row["test_student_ppl"], row["test_teacher_ppl"]
+        found = "so it is" if student < teacher else "it is not"
+        lesson += f", on the test text {found} ({student:,.2f} and {teacher:,.2f})"
+
+    lesson += ". One run cannot say how much of that is chance."
+    if sees_labels(row):
+        lesson += " The labels that it saw are of text that its teacher was trained on."
+    return [lesson]
 
 
 def lessons_of_pairs(results):
