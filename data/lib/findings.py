@@ -142,7 +142,7 @@ def overlap(sequence):
 def trend(values, digits):
     """Whether a distance rises or falls along the sequence. values: by position."""
     if len(values) < 8:
-        return "is taken in too few places for a trend"
+        return "has too few places for a trend"
 
     ends = [n * len(values) // 4 for n in range(5)]
     means = [sum(values[a:b]) / (b - a) for a, b in zip(ends, ends[1:])]

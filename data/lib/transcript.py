@@ -141,7 +141,7 @@ def lesson_of_better(row):
 
     lesson += ". One run cannot say how much of that is chance."
     if sees_labels(row):
-        lesson += " The labels that it saw are of text that its teacher was trained on."
+        lesson += " It also learned from the true tokens, of its teacher's own text."
     return [lesson]
 
 

@@ -115,7 +115,7 @@ def test_the_weights_are_the_token_scale_of_the_first_sequence(one, read):
     assert found["ce_teacher"] == pytest.approx(ce[0].tolist(), rel=1e-4)
     weights = tsld.token_scale(ce, 2.0)[0].tolist()
     assert found["weights"] == pytest.approx(weights, rel=1e-4)
-    assert (found["temperature"], found["is_scaled"]) == ("2.0", True)
+    assert found["temperature"] == "2.0"
 
     # The shade of a token depends on its weight times their number.
     spans = [tag for tag in read_page(one).named("span") if tag.get("class") == "t"]
@@ -139,6 +139,10 @@ def test_predictions_and_distances_are_those_of_the_three_models(one, read):
             token = VOCABULARY.encode_single_token(guesses[0].encode())
             assert p[n, token] == pytest.approx(p[n].max(), rel=1e-6)
 
+        # Of the token that the teacher expects most.
+        of_expected = p[range(16), p_teacher.argmax(-1)]
+        assert model["expected"] == pytest.approx(of_expected, rel=1e-3)
+
 
 def test_the_error_along_the_sequence_is_the_mean_over_sequences(one, read):
     _, targets, logits = read
@@ -154,6 +158,7 @@ def test_the_curve_begins_with_the_rounded_teacher_and_ends_with_the_student(one
     inputs, _, logits = read
     ((label, curve),) = numbers_of(one)["curves"].items()
     assert label == "tsld (τ = 2) + 0.25 gt"
+    assert numbers_of(one)["watched"] == 4 * 16
     assert [step for step, _ in curve] == [0, 1, 2, 3, 4, 5, 6]
     p = softmax64(logits[0][:4])
     for (_, value), of_model in ((curve[0], logits[1]), (curve[-1], logits[2])):
@@ -172,25 +177,72 @@ def test_the_matrix_is_shown_by_its_codes_before_and_after_training(one):
         codes.append(code)
         assert found[part]["scale"] == pytest.approx(scale.item(), rel=1e-5)
         assert found[part]["corner"] == code[:32, :32].tolist()
-        shares = [(code == value).sum().item() / code.numel() for value in (-1, 0, 1)]
-        assert found[part]["shares"] == pytest.approx(shares, rel=1e-5)
-        assert sum(found[part]["counts"]) == w.numel()
+        numbers = [(code == value).sum().item() for value in (-1, 0, 1)]
+        assert list(map(sum, found[part]["counts"])) == numbers
 
         # Between the largest weight that becomes 0 and the smallest that does not.
         delta = found[part]["threshold"]
         assert w[code == 0].abs().max() == pytest.approx(delta, rel=1e-5)
         assert delta < w[code != 0].abs().min()
-    changed = (codes[0] != codes[1]).float().mean().item()
-    assert found["changed"] == pytest.approx(changed, rel=1e-5)
+
+        # Below Δ eight bars are of 0, and beyond it all others are not; but the
+        # largest weight that becomes 0 can stand in the first bar beyond.
+        middle = len(found[part]["moved"]) // 2
+        below, zero, above = found[part]["counts"]
+        assert found[part]["limit"] == pytest.approx(middle * delta / 8, rel=1e-5)
+        assert sum(below[middle - 8 :]) == sum(above[: middle + 8]) == 0
+        assert sum(zero[middle - 8 : middle + 8]) >= sum(zero) - 1
+
+    moved = (codes[0] != codes[1]).sum().item()
+    assert sum(found["before"]["moved"]) == 0 < moved
+    assert sum(found["after"]["moved"]) == moved
+    share = f"{moved / w.numel():.1%} of all its weights"
+    assert share in "".join(read_page(one).words)
 
 
 def test_with_a_scale_for_each_row_the_means_over_rows_are_marked():
     from data.lib.report import look_at_weights
 
     w = torch.tensor([[1.0, -0.1, 0.2], [10.0, -1.0, 2.0]])
-    found = look_at_weights(w, "channel")
+    found = look_at_weights(w, w, "channel")
     assert found["corner"] == [[1, 0, 0], [1, 0, 0]]
     assert (found["scale"], found["threshold"]) == pytest.approx((5.5, 1.1))
+
+
+@pytest.mark.parametrize("w", [[[0.0, 0.0]], [[1.0, 1.0]], [[1.0] + 99_999 * [1e-9]]])
+def test_a_matrix_of_zeros_or_of_extremes_has_a_histogram_of_some_bars(w):
+    from data.lib.report import look_at_weights
+
+    found = look_at_weights(torch.tensor(w), torch.tensor(w), "tensor")
+    assert 2 <= len(found["moved"]) <= 200
+    assert sum(map(sum, found["counts"])) == len(w[0])
+    matrix = {"before": found, "after": found, "granularity": "tensor"}
+    content = pictures.matrix(matrix | {"name": "w", "shape": [1, len(w[0])]}, "")
+    assert "nan" not in content and "inf" not in content
+
+
+def test_the_bars_of_two_histograms_have_one_scale():
+    """Bars are drawn from the bottom, 100, so their tops tell how high they are."""
+    of_ten = {"threshold": 1.0, "scale": 1.0, "limit": 2.0, "moved": [0] * 4}
+    of_ten |= {
+        "counts": [[10, 0, 0, 0], [0, 40, 30, 0], [0, 0, 10, 10]],
+        "corner": [[0]],
+    }
+    wider = of_ten | {"limit": 4.0}  # a bar of as many weights is half as high
+    tops = []
+    for weights in (of_ten, wider):
+        drawn = pictures.histogram(weights, 4.0, 40.0)
+        paths = re.findall('<path class="fill [a-z]+" d="([^"]*)"', drawn)
+        bars = re.findall(r"M([\d.]+) ([\d.]+)h([\d.]+)v", "".join(paths))
+        tops.append([tuple(map(float, bar)) for bar in bars])
+
+    assert max(pictures.densities(of_ten)) == 40.0
+    assert max(pictures.densities(wider)) == 20.0
+    # Left edge, top, width. The third bar has 30 of one code below 10 of another.
+    first = [(25, 75), (37.5, 0), (50, 25), (50, 0), (62.5, 75)]
+    assert tops[0] == [(x, top, 12.5) for x, top in first]
+    second = [(0, 87.5), (25, 50), (50, 62.5), (50, 50), (75, 87.5)]
+    assert tops[1] == [(x, top, 25.0) for x, top in second]
 
 
 # --------------------------------------------------------------------------------------
@@ -202,6 +254,7 @@ TITLES = [
     "Where rounding hurt most",
     "Inside one matrix",
     "One prompt, three models",
+    "What this run does not show",
     "To make this run again",
 ]
 
@@ -231,7 +284,25 @@ def test_a_runs_last_line_says_where_its_page_is(tiny, capsys, tmp_path):
     (row,) = json.loads((tmp_path / "out" / "results.json").read_text())
     for model in ("teacher", "ptq", "student"):
         assert f"{row[f'{model}_ppl']:,.1f}" in words
-    assert f"in a file of {row['bytes_packed'] / 1e6:.2f} MB" in words
+    (row,) = numbers_of(tmp_path / "out")["results"]  # of six digits
+    for model in ("teacher", "ptq", "student"):
+        assert f"{row[f'test_{model}_ppl']:,.1f}" in words
+        assert f"{row[f'{model}_bpb']:.3f}" in words
+    assert f"Its file has {row['bytes_packed'] / 1e6:.2f} MB" in words
+    assert "student, tsld (τ = 20) + 0.25 gt" in words
+    assert ") + 0.25 · meann(−log PS(true token n))" in words
+    assert "No student was trained with logit distillation without" in words
+
+    # What a loss does not use is no setting of it.
+    settings = numbers_of(tmp_path / "out")["made"]["settings"]
+    assert (settings["teacher"]["temperature"], settings["teacher"]["gt_weight"]) == (
+        "",
+        "",
+    )
+    assert (settings["student"]["temperature"], settings["student"]["gt_weight"]) == (
+        "20.0",
+        "0.25",
+    )
 
     # Printed and shown are the same texts.
     texts = numbers_of(tmp_path / "out")["texts"]["sampled"]
@@ -246,6 +317,9 @@ def test_all_losses_have_a_curve_each_in_one_picture(tiny, capsys, tmp_path):
     words = assert_whole(tmp_path / "out")
     curves = numbers_of(tmp_path / "out")["curves"]
     assert len(curves) == 7
+    assert "one seed for 7 students" in words
+    assert words.count("Token scale, with") == 2
+    assert "No student was trained with" not in words
     for label, curve in curves.items():
         assert curve[-1][0] == 2
         assert label in words
@@ -259,9 +333,10 @@ def test_a_loss_without_a_token_scale_is_shown_with_the_papers(
     run(["--loss", loss, *SHORT, *tiny], capsys)
     words = assert_whole(tmp_path / "out")
     assert f"This run’s loss, {loss}, scales no token." in words
+    assert "· mean" not in words
     assert "this run’s" not in words
     found = numbers_of(tmp_path / "out")["sequence"]
-    assert (found["temperature"], found["is_scaled"]) == ("10.0", False)
+    assert found["temperature"] == "10.0"
 
 
 @pytest.mark.parametrize(
@@ -277,6 +352,11 @@ def test_the_runs_own_temperature_is_marked(tau, marks, tiny, capsys, tmp_path):
     assert marks in assert_whole(tmp_path / "out")
 
 
+def test_without_labels_the_loss_that_is_shown_has_none(tiny, capsys, tmp_path):
+    run(["--gt-weight", "0", *SHORT, *tiny], capsys)
+    assert "· mean" not in assert_whole(tmp_path / "out")
+
+
 def test_four_bits_have_all_but_the_ternary_matrix(tiny, capsys, tmp_path):
     run(["--bits", "4", *SHORT, *tiny], capsys)
     words = assert_whole(tmp_path / "out")
@@ -288,7 +368,8 @@ def test_a_task_has_its_accuracies(tiny, capsys, tmp_path, monkeypatch):
     task = {"cola": (QUESTIONS[1:3] * 20, QUESTIONS[::3])}
     monkeypatch.setattr(tasks, "load_task", task.get)
     run(["--task", "cola", *SHORT, *tiny[2:]], capsys)
-    assert "accuracy" in assert_whole(tmp_path / "out")
+    words = assert_whole(tmp_path / "out")
+    assert "accuracy" in words and "test perplexity" not in words
 
 
 @pytest.mark.parametrize("size", [2, 250])
@@ -351,9 +432,11 @@ def test_a_folder_without_the_numbers_is_refused(tmp_path, capsys):
     refused(["--report", str(tmp_path / "no")], capsys, "report.json is missing")
     path.write_text("{")
     refused(["--report", str(tmp_path)], capsys, f"{path} is damaged")
-    for content in ("[]", "{}", '{"format": 0}', '{"format": 1}', "null"):
+    for content in ("[]", "{}", '{"format": 0}', '{"format": 2}', "null"):
         path.write_text(content)
         refused(["--report", str(tmp_path)], capsys, "report.json is ")
+    path.write_text('{"format": 1}')  # of an earlier version
+    refused(["--report", str(tmp_path)], capsys, "its format is 1")
     assert os.listdir(tmp_path) == ["report.json"]
 
     words = "--steps has no meaning for --report"
@@ -557,6 +640,9 @@ def test_the_page_fits_its_window_and_fetches_nothing(width, dark, one, browser)
     browser.open(one / "report.html", width, dark)
     root = "document.documentElement"
     assert browser.value(f"{root}.scrollWidth <= {root}.clientWidth")
+    tables = "[...document.querySelectorAll('.stack')]"
+    assert browser.value(f"{tables}.length") == 2
+    assert browser.value(f"{tables}.every(t => t.scrollWidth <= t.clientWidth)")
     assert not browser.happened(*TROUBLES)
     requests = browser.happened("Network.requestWillBeSent")
     assert [request["params"]["request"]["url"] for request in requests] == [
@@ -635,6 +721,23 @@ def test_a_token_shows_what_the_models_predict_by_mouse_and_by_keyboard(one, bro
     assert browser.value("document.activeElement === tokens[chosen]")
     for model in found["models"][1:]:
         assert f"{model['kl'][at + 1]:.3f} nats" in browser.value(panel)
+
+    # The pull at the teacher's likeliest token: w (P^S - P^T), and the labels' share.
+    weight = found["weights"][at + 1]
+    teacher, _, student = (model["expected"][at + 1] for model in found["models"])
+    words = browser.value(panel)
+    pulls = re.search(r"likeliest, “.*?”, (\S+) · \((\S+) − (\S+)\) = (\S+);", words)
+    expected = [weight, student, teacher, weight * (student - teacher)]
+    assert [float(x) for x in pulls.groups()] == pytest.approx(expected, rel=0.06)
+    assert "The ground truth adds 0.016 · (Pˢ − 1)" in words  # 0.25 / 16
+
+
+def test_the_legend_says_what_the_shade_is_a_multiple_of(one, browser):
+    browser.open(one / "report.html")
+    unit = "document.getElementById('unit').textContent"
+    assert browser.value(unit) == "times the average weight"
+    browser.value("document.querySelector('[name=shade][value=\"2\"]').click()")
+    assert browser.value(unit) == "times the rounded teacher’s mean distance"
 
 
 def test_hostile_texts_do_nothing_in_a_browser(one, browser, tmp_path):

@@ -173,7 +173,7 @@ BETTER = "This student is better than its teacher. It sees labels as well"
 
 
 def result(loss, student=50.0, gt_weight=None, teacher=55.0):
-    scores = {"student_ppl": student, "teacher_ppl": teacher}
+    scores = {"student_ppl": student, "teacher_ppl": teacher, "task": None}
     return {"loss": loss, "gt_weight": gt_weight, "bits": 2} | scores
 
 
@@ -198,21 +198,52 @@ def test_the_sizes_are_explained(capsys):
 
 
 @pytest.mark.parametrize(
-    "row, is_explained",
+    "row, is_lower, sees_labels",
     [
-        (result("tsld", 54.9, gt_weight=0.25), True),
-        (result("logit", 54.9, gt_weight=0.25), True),
-        (result("gt", 54.9), True),
-        (result("logit_gt", 54.9), True),
-        (result("tsld", 55.0, gt_weight=0.25), False),
-        (result("tsld", 54.9, gt_weight=0.0), False),
-        (result("l2l", 54.9), False),
+        (result("tsld", 54.9, gt_weight=0.25), True, True),
+        (result("logit", 54.9, gt_weight=0.25), True, True),
+        (result("gt", 54.9), True, True),
+        (result("logit_gt", 54.9), True, True),
+        (result("tsld", 55.0, gt_weight=0.25), False, True),
+        (result("tsld", 54.9, gt_weight=0.0), True, False),
+        (result("l2l", 54.9), True, False),
     ],
 )
-def test_that_a_student_with_labels_can_pass_its_teacher_is_explained(
-    row, is_explained, capsys
+def test_a_perplexity_below_the_teachers_may_be_chance_or_due_to_labels(
+    row, is_lower, sees_labels, capsys
 ):
-    assert (BETTER in lessons(capsys, row)) == is_explained
+    text = lessons(capsys, row)
+    lower = "On the validation text the student's perplexity is lower than its "
+    lower += (
+        "teacher's (54.90 and 55.00). One run cannot say how much of that is chance."
+    )
+    assert (lower in text) == is_lower
+    assert ("chance" in text) == is_lower
+    is_explained = is_lower and sees_labels
+    assert (BETTER in text) == is_explained
+    assert ("It also learned from the true tokens" in text) == is_explained
+
+
+@pytest.mark.parametrize(
+    "test_ppl, words",
+    [
+        (29.0, ", on the test text so it is (29.00 and 30.00)."),
+        (30.0, ", on the test text it is not (30.00 and 30.00)."),
+        (31.5, ", on the test text it is not (31.50 and 30.00)."),
+    ],
+)
+def test_a_lower_perplexity_is_compared_with_that_of_the_test_text(test_ppl, words):
+    row = result("tsld", gt_weight=0.0)
+    row |= {"test_student_ppl": test_ppl, "test_teacher_ppl": 30.0}
+    (lesson,) = transcript.lesson_of_better(row)
+    assert words in lesson
+
+
+def test_a_task_has_no_test_text_beside_its_answers():
+    row = result("tsld", gt_weight=0.0) | {"task": "sst2"}
+    (lesson,) = transcript.lesson_of_better(row)
+    assert lesson.startswith("On the task's answers the student's perplexity is lower ")
+    assert "test text" not in lesson
 
 
 def test_the_token_scale_is_judged_by_pairs_with_the_same_labels(capsys):
