@@ -128,13 +128,33 @@ def lean_loss(
     check_ids(targets.masked_fill(targets == IGNORED, 0), len(student_head))
 
     teacher_tensors = None
+    check_output("student", student_hidden, student_head, targets)
     if teacher_hidden is not None:
         teacher_tensors = (teacher_hidden, teacher_head)
+        check_output("teacher", *teacher_tensors, targets)
+        if len(teacher_head) != len(student_head):
+            counts = (
+                f"{len(teacher_head)} tokens, and the student's {len(student_head)}"
+            )
+            raise ValueError(f"the teacher's vocabulary has {counts}")
 
     setting = {"temperature": temperature, "gt_weight": gt_weight}
     weights_of = partial(token_weights, name, targets != IGNORED, **setting)
     student_tensors = (student_hidden, student_head)
     return _LeanLoss.apply(*student_tensors, teacher_tensors, targets, weights_of)
+
+
+def check_output(model, hidden, head, targets):
+    """Raises ValueError, which names the model, if its logits are not of the targets'
+    shape, or it has none."""
+    if hidden.shape[:-1] != targets.shape:
+        shapes = f"{tuple(hidden.shape)}, and the targets {tuple(targets.shape)}"
+        raise ValueError(f"the {model}'s hidden states have shape {shapes}")
+    if hidden.shape[-1] != head.shape[-1]:
+        shapes = f"{tuple(hidden.shape)} and {tuple(head.shape)}"
+        raise ValueError(
+            f"the {model}'s hidden states and head are of other widths: {shapes}"
+        )
 
 
 def token_weights(name, counts, ce_teacher, temperature, gt_weight):
@@ -171,10 +191,10 @@ class _LeanLoss(torch.autograd.Function):
         dtype = head.dtype
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
-        student = _Output(hidden, head, (B, T, V), dtype, rows)
+        student = _Output(hidden, head, dtype, rows)
         teacher = None
         if teacher_tensors is not None:
-            teacher = _Output(*teacher_tensors, (B, T, V), dtype, rows)
+            teacher = _Output(*teacher_tensors, dtype, rows)
 
         with torch.autocast(device.type, enabled=False):
             loss, *ctx.gradients = _loss_and_gradients(
@@ -262,14 +282,7 @@ def columns_of(V, device):
 class _Output:
     """The last product of one model, some rows at a time."""
 
-    def __init__(self, hidden, head, logits_shape, dtype, rows):
-        shape = (*hidden.shape[:-1], len(head))
-        if shape != logits_shape:
-            raise ValueError(f"the logits' shape is {shape}, not {logits_shape}")
-        if hidden.shape[-1] != head.shape[-1]:
-            shapes = f"{tuple(hidden.shape)} and {tuple(head.shape)}"
-            raise ValueError(f"hidden states and head are of other widths: {shapes}")
-
+    def __init__(self, hidden, head, dtype, rows):
         self.V = len(head)
         columns = columns_of(self.V, head.device)
         self.hidden = hidden.flatten(0, 1).to(dtype)  # (N, C)

@@ -432,7 +432,10 @@ def test_hidden_states_of_other_tokens_than_the_targets_are_refused(
     teacher_output = (None, None)
     if teacher is not None:
         teacher_output = (torch.zeros(*teacher, 5), torch.eye(5))
-    expected = re.escape(f"not {(*targets, 5)}")
+    found = f"student's hidden states have shape {(*student, 5)}"
+    if student == targets:
+        found = f"teacher's hidden states have shape {(*teacher, 5)}"
+    expected = re.escape(f"the {found}, and the targets {targets}")
     targets = torch.zeros(targets, dtype=torch.long)
 
     with pytest.raises(ValueError, match=expected):
@@ -444,7 +447,8 @@ def test_a_teacher_of_another_vocabulary_is_refused(size):
     student, _, targets = example(2, 3, 4, 5)
     teacher = (randn(2, 3, 4), randn(size, 4))
 
-    with pytest.raises(ValueError, match=rf"\(2, 3, {size}\), not \(2, 3, 5\)"):
+    words = f"the teacher's vocabulary has {size} tokens, and the student's 5"
+    with pytest.raises(ValueError, match=words):
         lean.lean_loss("tsld", *student, *teacher, targets)
 
 
@@ -483,7 +487,8 @@ def test_targets_of_another_number_of_dimensions_are_refused():
 
 def test_a_head_of_another_width_than_its_hidden_states_is_refused():
     student, teacher, targets = example()
-    shapes = r"of other widths: \(3, 5, 5\) and \(7, 4\)"
+    words = "the teacher's hidden states and head are of other widths: "
+    shapes = words + r"\(3, 5, 5\) and \(7, 4\)"
     with pytest.raises(ValueError, match=shapes):
         lean.lean_loss("tsld", *student, teacher[0], student[1], targets)
 
