@@ -27,6 +27,18 @@ PUBLISHED = {
 }
 
 
+# What a GPT computes beside its sizes, in the words of a config.json.
+COMPUTED = {
+    "model_type": "gpt2",
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+    "tie_word_embeddings": True,
+}
+
+
 def load_published(name, model):
     """Fills a GPT with the published weights of that name in PUBLISHED, which are
     downloaded once. The model may have fewer positions.
@@ -56,9 +68,10 @@ def load_gpt2(path):
     """Reads a GPT, float32 and in eval mode.
 
     path: a pytorch_model.bin or model.safetensors, or a folder with one of them. A
-    config.json beside it tells the number of heads, and nothing else; without it a head
-    is 64 wide, as in the published sizes. Raises CheckpointError if the file is
-    damaged, holds another model, or could run code, which it then does not.
+    config.json beside it tells the number of heads; without it a head is 64 wide, as in
+    the published sizes. Raises CheckpointError if the file is damaged, holds another
+    model or values that are not finite, or could run code, which it then does not; or
+    if its config.json says something that a GPT does not compute.
     """
     path = Path(path)
     if path.is_dir():
@@ -75,7 +88,7 @@ def load_gpt2(path):
         model.load_state_dict(tensors, assign=True)
     except Exception as error:  # of any type: other content can make it trip anywhere
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        message = f"{path} (n_head from {config_path}) is no GPT-2: {reason:.200}"
+        message = f"{path}, with {config_path}, is no GPT-2: {reason:.200}"
         raise CheckpointError(message) from None
 
     model.lm_head.weight = model.wte.weight
@@ -110,9 +123,16 @@ def from_published(content):
     tensors = {}
     for name, tensor in content.items():
         name = name.removeprefix("transformer.")
-        is_mask = name.endswith((".attn.bias", ".attn.masked_bias"))  # in old files
-        if not is_mask:
-            tensors[name] = flipped(name, tensor)
+        if name.endswith((".attn.bias", ".attn.masked_bias")):  # masks, in old files
+            continue
+
+        if name in tensors:
+            raise ValueError(f"{name} is there twice")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} is {tensor.dtype}")
+        tensors[name] = flipped(name, tensor)
+        if not tensors[name].isfinite().all():
+            raise ValueError(f"{name} is not all finite")
 
     # The head is tied; one of the two layouts holds it all the same.
     embedding = tensors["wte.weight"]
@@ -124,7 +144,8 @@ def from_published(content):
 
 
 def published_config(tensors, config_path):
-    """The GPTConfig that shapes and names show, but for the number of heads."""
+    """The GPTConfig that shapes and names show, but for the number of heads. Raises
+    ValueError if the config.json, where there is one, says something else."""
     vocab_size, n_embd = tensors["wte.weight"].shape
     block_size = len(tensors["wpe.weight"])
 
@@ -132,9 +153,28 @@ def published_config(tensors, config_path):
     n_norms = sum(".ln_1.weight" in name for name in tensors)
     n_layer = min(n_norms, len(tensors) // 12)
 
-    n_head = n_embd // 64
+    settings = {"n_head": n_embd // 64}
     if config_path.exists():
-        n_head = json.loads(config_path.read_bytes())["n_head"]
+        settings = json.loads(config_path.read_bytes())
+    n_head = settings["n_head"]
+
+    expected = COMPUTED | {
+        "vocab_size": vocab_size,
+        "n_positions": block_size,
+        "max_position_embeddings": block_size,
+        "n_embd": n_embd,
+        "hidden_size": n_embd,
+        "n_inner": 4 * n_embd,
+        "n_layer": n_layer,
+        "num_hidden_layers": n_layer,
+        "num_attention_heads": n_head,
+    }
+    for name, value in expected.items():
+        found = settings.get(name)
+        if found is not None and found != value:
+            raise ValueError(
+                f"{name} is {found!r}, and a GPT of these tensors has {value!r}"
+            )
 
     return GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd)
 

@@ -40,7 +40,7 @@ def write_published(folder, file, n_head=MICRO.n_head, **options):
     """Writes what a published file holds, and a config.json that says other things too.
     Returns the file's path."""
     torch.save(file, folder / "pytorch_model.bin", **options)
-    config = {"n_head": n_head, "n_layer": 99}
+    config = {"n_head": n_head, "n_ctx": 99, "n_inner": None, "use_cache": False}
     (folder / "config.json").write_text(json.dumps(config))
     return folder / "pytorch_model.bin"
 
@@ -78,12 +78,14 @@ def test_heads_are_64_wide_where_no_config_says_otherwise(width, heads, tmp_path
 
 def test_heads_that_do_not_fit_are_refused(tmp_path):
     path = write_published(tmp_path, helpers.published(micro_gpt().state_dict()), 5)
-    with pytest.raises(tsld.CheckpointError, match="is no GPT-2: ValueError.*5"):
+    with pytest.raises(tsld.CheckpointError, match="is no GPT-2: .*5 heads"):
         hf.load_gpt2(path)
 
     for damaged in ("{", "[]", "{}"):
         (tmp_path / "config.json").write_text(damaged)
-        with pytest.raises(tsld.CheckpointError, match="n_head from .*config.json"):
+        with pytest.raises(
+            tsld.CheckpointError, match="with .*config.json, is no GPT-2"
+        ):
             hf.load_gpt2(path)
 
     (tmp_path / "config.json").unlink()
@@ -103,6 +105,11 @@ def test_published_weights_that_are_not_gpt2s_are_refused_by_name(tmp_path):
         (good | {"h.0.extra": other}, r'Unexpected key.*"h\.0\.extra"'),
         (good | short, r"size mismatch for h\.0\.mlp\.c_fc\.bias"),
         (good | {"lm_head.weight": other}, "lm_head.weight is not wte.weight"),
+        (good | {"transformer.ln_f.bias": good["ln_f.bias"]}, "ln_f.bias is there tw"),
+        (good | {"ln_f.bias": good["ln_f.bias"].long()}, "ln_f.bias is torch.int64"),
+        (good | {"ln_f.bias": good["ln_f.bias"] / 0}, "ln_f.bias is not all finite"),
+        (good | {"wpe.weight": good["wpe.weight"] * math.nan}, "wpe.weight is not all"),
+        (good | {"ln_f.bias": good["ln_f.bias"].double() * 1e200}, "ln_f.bias is not"),
         ({"weight": other}, "KeyError: 'wte.weight'"),
         ({"wte.weight": 3}, "no GPT-2"),
         ([other], "no GPT-2"),
@@ -287,6 +294,73 @@ def test_logits_are_those_of_transformers_gpt2_from_the_same_file(
     assert model.config.n_head == sizes.get("n_head", 12)
     ids = torch.randint(model.config.vocab_size, (2, 32))
     torch.testing.assert_close(model(ids), expected(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def another(name, value):
+    """A value of a setting that is not the one that it has."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, (int, float)):
+        return 2 * value
+    others = {"activation_function": "relu", "n_inner": 24, "pad_token_id": 3}
+    return others.get(name, "another")
+
+
+ALIASES = {
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
+
+
+@torch.no_grad()
+def test_each_setting_of_transformers_gpt2_is_computed_or_refused_by_name(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**TINY)).eval()
+    for parameter in model.parameters():
+        parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    weights = model.transformer.state_dict()
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    ids = torch.randint(TINY["vocab_size"], (2, 32))
+
+    settings = model.config.to_dict()
+    of_any_model = transformers.PretrainedConfig().to_dict().keys()
+    for name in of_any_model - {"model_type", "tie_word_embeddings"}:
+        settings.pop(name, None)
+
+    refused = []
+    for name in [*settings, *ALIASES]:
+        value = another(name, settings[ALIASES.get(name, name)])
+        changed = settings | {name: value}
+        (tmp_path / "config.json").write_text(json.dumps(changed))
+        try:
+            loaded = hf.load_gpt2(tmp_path)
+        except tsld.CheckpointError as error:
+            assert f" {name} is {value!r}, " in str(error)
+            assert "\n" not in str(error)
+            refused.append(name)
+            continue
+
+        other = transformers.GPT2LMHeadModel(transformers.GPT2Config(**changed)).eval()
+        other.transformer.load_state_dict(weights)
+        torch.testing.assert_close(loaded(ids), other(ids).logits, rtol=1e-4, atol=1e-4)
+
+    sizes = {"n_inner", "n_layer", "n_embd", "n_positions", "vocab_size", *ALIASES}
+    formulas = {"activation_function", "layer_norm_epsilon", "scale_attn_weights"}
+    assert sizes | formulas | {"model_type"} < {*refused}
+    assert not {"n_head", "attn_pdrop", "use_cache"} & {*refused}
+
+
+def test_a_file_that_lacks_its_last_layer_is_refused(tmp_path):
+    whole = helpers.published(micro_gpt().state_dict())
+    file = {name: tensor for name, tensor in whole.items() if "h.1." not in name}
+    write_published(tmp_path, file)
+    configure = {"n_head": 2, "n_layer": 2, "model_type": "gpt2"}
+    (tmp_path / "config.json").write_text(json.dumps(configure))
+    with pytest.raises(tsld.CheckpointError, match="n_layer is 2, .* 1$"):
+        hf.load_gpt2(tmp_path)
 
 
 # --------------------------------------------------------------------------------------
