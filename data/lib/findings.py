@@ -237,10 +237,11 @@ def limits(numbers):
     made, results = numbers["made"], numbers["results"]
     last, tokens = results[-1], made["tokens"]
     one = "one seed" if len(results) == 1 else f"one seed for {len(results)} students"
+    of_what = "the task’s examples" if last["task"] else "validation text"
     lines = [
         f"One model of {made['parameters']:,} parameters (the paper’s have 0.1 to 7 "
         f"billion), {one} ({last['seed']}; the teacher’s {last['teacher_seed']}), "
-        f"{tokens['valid']:,} tokens of validation text. Another seed gives other "
+        f"{tokens['valid']:,} tokens of {of_what}. Another seed gives other "
         "numbers, and one run cannot say how far they lie apart.",
         without_controls({row["loss"] for row in results}),
         *map(text, lessons_of_pairs(results)),
@@ -249,10 +250,13 @@ def limits(numbers):
     part = f"the first {tokens['student']:,} of the teacher’s {tokens['train']:,}"
     if tokens["student"] == tokens["train"]:
         part = f"the teacher’s {tokens['train']:,}"
+    is_pretrained = made["others"]["the teacher starts"] == "pretrained"
+    before = " and its pretraining" if is_pretrained else ""
     lines.append(
         f"A student’s text is {part} training tokens. It reads {made['read'][1]:,} "
-        f"tokens in training, after the teacher’s {made['read'][0]:,}. No teacher was "
-        "trained for so much longer, so the page cannot say what that alone does."
+        f"tokens in training, after the teacher’s {made['read'][0]:,}{before}. No "
+        "teacher was trained for so much longer, so the page cannot say what that "
+        "alone does."
     )
     return lines
 

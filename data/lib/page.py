@@ -68,6 +68,7 @@ def make_page(numbers):
         "sentence": findings.happened(last),
         "lesson": findings.after_all(numbers),
         "scores": scores(results, numbers["curves"]),
+        "measured": "the task’s right answers" if last["task"] else "validation text",
         "sizes": findings.sizes(last),
         "doubt": findings.doubt(sequence),
         "curves": curves(numbers["curves"]),

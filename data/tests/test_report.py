@@ -370,6 +370,7 @@ def test_a_task_has_its_accuracies(tiny, capsys, tmp_path, monkeypatch):
     run(["--task", "cola", *SHORT, *tiny[2:]], capsys)
     words = assert_whole(tmp_path / "out")
     assert "accuracy" in words and "test perplexity" not in words
+    assert "it is of the task’s right answers, which" in words
 
 
 @pytest.mark.parametrize("size", [2, 250])
