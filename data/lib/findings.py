@@ -250,8 +250,7 @@ def limits(numbers):
     part = f"the first {tokens['student']:,} of the teacher’s {tokens['train']:,}"
     if tokens["student"] == tokens["train"]:
         part = f"the teacher’s {tokens['train']:,}"
-    is_pretrained = made["others"]["the teacher starts"] == "pretrained"
-    before = " and its pretraining" if is_pretrained else ""
+    before = " and its pretraining" if made["init"] == "pretrained" else ""
     lines.append(
         f"A student’s text is {part} training tokens. It reads {made['read'][1]:,} "
         f"tokens in training, after the teacher’s {made['read'][0]:,}{before}. No "

@@ -75,6 +75,7 @@ def how_it_was_made(setup, teacher):
     return {
         "command": command_of(args.words),
         "settings": {name: settings_of(c) for name, c in configs.items()},
+        "init": source.init,
         "parameters": parameters,
         "tokens": tokens,
         "read": read,

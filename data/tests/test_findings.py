@@ -219,8 +219,7 @@ def test_rows_with_thresholds_of_their_own_and_four_bits_have_no_spikes():
 def run(*results, **made):
     tokens = {"train": 1000, "student": 1000, "valid": 800, "test": 700}
     whole = {"parameters": 5_000_000, "tokens": tokens, "read": [9000, 3000]}
-    whole |= {"others": {"the teacher starts": "scratch"}}
-    return {"results": [*results], "made": whole | made}
+    return {"results": [*results], "made": whole | {"init": "scratch"} | made}
 
 
 def test_a_run_of_one_loss_lacks_its_controls():
@@ -266,8 +265,7 @@ def test_that_the_student_saw_a_part_of_the_text_is_said():
 
 
 def test_a_pretrained_teacher_has_read_more_and_a_task_has_examples():
-    others = {"the teacher starts": "pretrained"}
-    numbers, _, text = findings.limits(run(result(task="sst2"), others=others))
+    numbers, _, text = findings.limits(run(result(task="sst2"), init="pretrained"))
     assert "after the teacher’s 9,000 and its pretraining. No" in text
     assert "800 tokens of the task’s examples" in numbers
 
