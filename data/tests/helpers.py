@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -18,6 +19,8 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from data.tasks import Example
 from tsld import GPT, GPTConfig
@@ -70,6 +73,29 @@ def softmax64(logits):
     return exponentials / exponentials.sum(-1, keepdims=True)
 
 
+def assert_equal(weights, expected):
+    """Two state dicts are the same, bit for bit."""
+    assert weights.keys() == expected.keys()
+    for name, tensor in weights.items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+class Watched(TorchDispatchMode):
+    """Notes of what size and of which types the tensors are that operations make."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest = 0
+        self.dtypes = set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        made = function(*arguments, **(keywords or {}))
+        for tensor in filter(torch.is_tensor, tree_leaves(made)):
+            self.largest = max(self.largest, tensor.numel())
+            self.dtypes.add(tensor.dtype)
+        return made
+
+
 # --------------------------------------------------------------------------------------
 # Files
 
@@ -77,6 +103,20 @@ def softmax64(logits):
 def sha256(content):
     """The SHA-256 of bytes, in hexadecimal."""
     return hashlib.sha256(content).hexdigest()
+
+
+GONE = object()
+
+
+def altered(content, place, value):
+    """A copy of nested dictionaries with a value, or without one if it is GONE, at a
+    place: the names from the outermost to the innermost."""
+    name, *rest = place
+    if rest:
+        return content | {name: altered(content[name], rest, value)}
+    if value is GONE:
+        return {key: part for key, part in content.items() if key != name}
+    return content | {name: value}
 
 
 class Payload:
@@ -206,6 +246,20 @@ def refused(argv, capsys, words, command=None):
     assert words in printed.err, printed.err
 
     return printed.out
+
+
+def interrupt_at(line, monkeypatch):
+    """SIGTERM comes when a line of progress that begins so is shown."""
+    from data.lib import resumable
+
+    show = resumable.show_progress
+
+    def interrupted(text, last=False):
+        if text.startswith(line):
+            signal.raise_signal(signal.SIGTERM)
+        show(text, last)
+
+    monkeypatch.setattr(resumable, "show_progress", interrupted)
 
 
 def has_loopback():

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 import tsld
 from data.lib import captured, hf, lean
 from data.lib.captured import Captured
-from data.tests.helpers import TEXT, micro_gpt, micro_ids
+from data.tests.helpers import TEXT, assert_equal, micro_gpt, micro_ids
 
 CONFIG = tsld.TrainConfig("tsld", steps=5, batch_size=4, block_size=8, lr=0.01)
 WAYS = [(lean.backward, loss) for loss in lean.LEAN_LOSSES]
@@ -63,12 +63,6 @@ def train(way, dropout=0.0, **changes):
 def assert_same(one, other):
     assert one[0] == other[0]
     assert_equal(one[1], other[1])
-
-
-def assert_equal(weights, expected):
-    assert weights.keys() == expected.keys()
-    for name, tensor in weights.items():
-        assert torch.equal(tensor, expected[name]), name
 
 
 def batch(seed=0, B=4):

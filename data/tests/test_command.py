@@ -25,7 +25,7 @@ import tsld
 from data.lib import folder
 from data.lib.command import exit_code, number
 from data.lib.errors import UserError
-from data.tests.helpers import ROOT, SHORT, WORDS, refused, run
+from data.tests.helpers import ROOT, SHORT, refused, run
 from tsld import LOSSES
 
 # --------------------------------------------------------------------------------------
@@ -341,29 +341,6 @@ def test_a_command_that_succeeds_says_nothing_more_and_a_mistake_is_not_hidden(c
 # 5. Input that does not fit
 
 
-def test_a_text_that_is_missing_is_refused(tiny, capsys, tmp_path):
-    path = tmp_path / "nowhere.txt"
-    words = f"--data {path}: No such file"
-    assert refused([*tiny, "--data", str(path)], capsys, words) == ""
-
-
-def test_a_text_too_short_for_one_block_is_refused(tiny, capsys, tmp_path):
-    (tmp_path / "short.txt").write_text(WORDS[:30])
-    short = ["--data", str(tmp_path / "short.txt")]
-    refused([*tiny, *short], capsys, "the train text is too short: 11 tokens, and it")
-
-    words = "the student text is too short: 16 tokens, and it takes 17 or more"
-    refused([*tiny, "--student-tokens", "16"], capsys, words)
-    assert os.listdir(tmp_path / "out") == []
-
-    run([*SHORT, *tiny, "--student-tokens", "17"], capsys)
-
-
-def test_a_batch_that_cannot_be_shared_out_is_refused(tiny, capsys):
-    words = "a batch of 4 does not divide by 1 (processes) x 3 (--accumulate)"
-    assert "teacher" not in refused(["--accumulate", "3", *tiny], capsys, words)
-
-
 @pytest.mark.parametrize("device", ["cuda:99", "abacus", "meta"])
 def test_a_device_that_is_not_there_is_refused(device, tiny, capsys):
     words = f"--device {device}: this machine has none; leave the flag out"
@@ -426,16 +403,6 @@ def test_too_little_memory_is_one_line(tiny, capsys):
     refused(["--block-size", str(10**12), *tiny], capsys, OUT_OF_MEMORY)
 
 
-def test_a_model_that_cannot_be_had_is_refused(tiny, capsys):
-    words = "--init pretrained: only gpt2, gpt2-medium, gpt2-large, gpt2-xl have "
-    flags = ["--model", "tiny", "--init", "pretrained"]
-    assert "teacher" not in refused([*flags, *tiny], capsys, words)
-
-    long = ["--model", "gpt2", "--block-size", "1025"]
-    words = "--block-size 1025: gpt2 takes 1024 tokens at most"
-    assert "teacher" not in refused([*long, *tiny], capsys, words)
-
-
 def test_a_damaged_or_foreign_checkpoint_is_refused(tiny, capsys, tmp_path):
     run([*SHORT, *tiny], capsys)
     out = tmp_path / "out"
@@ -465,13 +432,3 @@ def test_a_student_of_another_run_is_refused_with_both_values(tiny, capsys):
     ):
         words = f" is of another run: {words}"
         refused(["--resume", *SHORT, *flags, *tiny], capsys, words)
-
-
-def test_a_loss_that_is_not_finite_ends_the_run_with_exit_code_1(
-    tiny, capsys, tmp_path
-):
-    flags = ["--lr", "1e9", "--steps", "2", "--dtype", "float32"]
-    assert train_small.main([*flags, *tiny]) == 1
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1
-    assert not (tmp_path / "out" / "results.json").exists()

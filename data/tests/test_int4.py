@@ -1,6 +1,5 @@
 """data/lib/int4.py: a 4-bit student in a file, two codes to a byte, and back."""
 
-import copy
 import math
 
 import pytest
@@ -9,7 +8,7 @@ from torch import nn
 
 import tsld
 from data.lib import files, int4, students
-from data.tests.helpers import MICRO, TEXT, micro_gpt, micro_ids
+from data.tests.helpers import MICRO, TEXT, altered, micro_gpt, micro_ids
 
 
 def quantized(granularity="channel", **changes):
@@ -126,14 +125,9 @@ def crafted(tensors):
 def test_whatever_a_crafted_file_claims_it_is_refused(tmp_path):
     int4.save_int4(tmp_path / "student", quantized())
     content = files.read_checked(tmp_path / "student")
-    for (*names, last), value in crafted(content["tensors"]):
-        changed = {key: copy.copy(value) for key, value in content.items()}
-        place = changed
-        for name in names:
-            place = place[name]
-        place[last] = value
+    for place, value in crafted(content["tensors"]):
         with pytest.raises(tsld.CheckpointError) as refusal:
-            int4.load_int4("the file", changed)
+            int4.load_int4("the file", altered(content, place, value))
         message = str(refusal.value)
         assert message.startswith("the file is no such 4-bit student: ")
         assert "\n" not in message

@@ -12,11 +12,10 @@ import numpy as np
 import pytest
 import torch
 from torch.autograd.forward_ad import dual_level, make_dual
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import tsld
 from data.lib import lean
-from data.tests.helpers import MICRO, micro_gpt, micro_ids, randn
+from data.tests.helpers import MICRO, Watched, micro_gpt, micro_ids, randn
 from tsld import TrainConfig
 
 LEAN_LOSSES = ("gt", "logit", "logit_gt", "tsld")
@@ -237,22 +236,6 @@ def test_the_lean_loss_of_padded_texts_is_that_of_tsld(name, temperature):
     expected = tsld.distillation_loss(name, terms, temperature, 0.3)
     loss = lean.lean_loss(name, *student, *teacher, targets, temperature, 0.3)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-
-
-class Watched(TorchDispatchMode):
-    """Notes of what size and of which types the tensors are that operations make."""
-
-    def __init__(self):
-        super().__init__()
-        self.largest = 0
-        self.dtypes = set()
-
-    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        made = function(*arguments, **(keywords or {}))
-        if torch.is_tensor(made):
-            self.largest = max(self.largest, made.numel())
-            self.dtypes.add(made.dtype)
-        return made
 
 
 def test_the_lean_loss_never_holds_all_logits(monkeypatch):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import tsld
-from data.tests.helpers import Payload, micro_gpt
+from data.tests.helpers import GONE, Payload, altered, micro_gpt
 
 
 @pytest.fixture
@@ -34,7 +34,6 @@ def assert_refused(path, words=""):
 
 
 NUMBERS = (None, -1, 0, 20, 10**7, 10**30, 0.5, "2", math.nan, True)
-GONE = object()
 TENSORS = (
     GONE,
     "x",
@@ -84,16 +83,8 @@ def crafted(tensors):
 def test_whatever_a_crafted_file_claims_it_is_refused(packed_file, monkeypatch):
     monkeypatch.chdir(packed_file.parent)
     content = torch.load(packed_file)
-    for (*names, last), value, words in crafted(content["tensors"]):
-        changed = {key: copy.copy(value) for key, value in content.items()}
-        place = changed
-        for name in names:
-            place = place[name]
-        place[last] = value
-        if value is GONE:
-            del place[last]
-
-        torch.save(changed, packed_file)
+    for place, value, words in crafted(content["tensors"]):
+        torch.save(altered(content, place, value), packed_file)
         assert_refused(packed_file, words)
     assert not Path("executed").exists()
 

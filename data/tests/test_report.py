@@ -13,7 +13,6 @@ import math
 import os
 import re
 import shutil
-import signal
 import subprocess
 from html.parser import HTMLParser
 
@@ -24,16 +23,17 @@ import torch
 import train_small
 import tsld
 from data import tasks, texts
-from data.lib import page, pictures, resumable
+from data.lib import page, pictures
 from data.lib.files import load_packed, read_checked
 from data.tests.helpers import (
     QUESTIONS,
     SHORT,
     WORDS,
     finished_run,
+    interrupt_at,
     refused,
     run,
-    save_tokenizer_of_bytes,
+    save_llama,
     softmax64,
 )
 
@@ -383,12 +383,7 @@ def test_a_sequence_can_be_short_or_longer_than_the_text(size, tiny, capsys, tmp
 
 
 def test_a_model_of_transformers_has_the_page_too(tiny, capsys, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    save_tokenizer_of_bytes(tmp_path / "llama")
-    sizes = {"hidden_size": 12, "intermediate_size": 20, "vocab_size": 256}
-    sizes |= {"num_hidden_layers": 1, "num_attention_heads": 2}
-    config = transformers.LlamaConfig(**sizes, max_position_embeddings=64)
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    save_llama(tmp_path / "llama")
     flags = ["--model", str(tmp_path / "llama"), "--steps", "2", "--batch-size", "2"]
     run([*flags, *tiny], capsys)
     words = assert_whole(tmp_path / "out")
@@ -396,15 +391,8 @@ def test_a_model_of_transformers_has_the_page_too(tiny, capsys, tmp_path):
 
 
 def test_a_resumed_run_has_the_whole_curve(tiny, capsys, tmp_path, monkeypatch):
-    show = resumable.show_progress
-
-    def interrupted(text, last=False):
-        if text.startswith("student, tsld: step 3/"):
-            signal.raise_signal(signal.SIGTERM)
-        show(text, last)
-
     with monkeypatch.context() as patch:
-        patch.setattr(resumable, "show_progress", interrupted)
+        interrupt_at("student, tsld: step 3/", patch)
         assert train_small.main(tiny) == 130
     assert not (tmp_path / "out" / "report.html").exists()
 

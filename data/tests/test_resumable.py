@@ -18,7 +18,15 @@ from data.lib import checkpoints, lean, resumable
 from data.lib.files import fingerprint, read_checked, write_checked
 from data.lib.progress import TrainingStopped
 from data.lib.resumable import Measure, ProgressLine, kl_to_teacher
-from data.tests.helpers import ROOT, TEXT, Beside, micro_gpt, micro_ids, softmax64
+from data.tests.helpers import (
+    ROOT,
+    TEXT,
+    Beside,
+    assert_equal,
+    micro_gpt,
+    micro_ids,
+    softmax64,
+)
 
 CPU = torch.device("cpu")
 BRIEF = tsld.TrainConfig(loss="tsld", steps=6, batch_size=2, block_size=8, lr=0.01)
@@ -65,12 +73,6 @@ def train(
         measure=measure,
     )
     return student.state_dict()
-
-
-def assert_equal(weights, expected):
-    assert weights.keys() == expected.keys()
-    for name, tensor in weights.items():
-        assert torch.equal(tensor, expected[name]), name
 
 
 @pytest.fixture(scope="module")
@@ -168,22 +170,6 @@ def test_without_resume_a_training_begins_anew(undisturbed, tmp_path):
     path = tmp_path / "state.pt"
     train(path, lr=0.5)
     assert_equal(train(path, resume=False), undisturbed)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_training_says_how_to_go_on(number, tmp_path):
-    def interrupt(model):
-        signal.raise_signal(number)
-        return 0.0
-
-    for resume, command in (
-        (True, "the same command"),
-        (False, "the same command and --resume"),
-    ):
-        with pytest.raises(TrainingStopped) as stop:
-            measure = Measure("", interrupt)
-            train(tmp_path / f"{resume}.pt", resume=resume, measure=measure)
-        assert str(stop.value) == f"stopped after step 1 of 6; go on with {command}"
 
 
 def test_a_signal_at_the_last_step_stops_the_run_too(undisturbed, tmp_path):

@@ -13,20 +13,17 @@ import json
 import math
 import re
 import shlex
-import signal
 from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import train_small
 import tsld
 from data import tasks, texts
-from data.lib import checkpoints, devices, hf, lean, resumable, sources
+from data.lib import devices, hf, lean, resumable, sources
 from data.lib.files import load_packed, read_checked
 from data.lib.students import load_student
 from data.tests.helpers import (
@@ -35,8 +32,11 @@ from data.tests.helpers import (
     SHORT,
     WORDS,
     Beside,
+    Watched,
+    assert_equal,
     finished_run,
     has_loopback,
+    interrupt_at,
     micro_gpt,
     nats_of_choice,
     refused,
@@ -61,12 +61,6 @@ def results(folder):
 def weights(folder, name="student-tsld.pt"):
     """What a checkpoint holds of the model."""
     return read_checked(folder / name)["model"]
-
-
-def assert_equal(found, expected):
-    assert found.keys() == expected.keys()
-    for name, tensor in found.items():
-        assert torch.equal(tensor, expected[name]), name
 
 
 @pytest.fixture
@@ -177,7 +171,10 @@ def test_epochs_end_a_training_too(tiny, monkeypatch):
     assert set_up(["--steps", "1"], tiny).teacher.steps < setup.teacher.steps
 
 
-def test_a_batch_is_shared_out_among_processes_as_well(tiny, capsys, monkeypatch):
+def test_a_batch_is_shared_out_among_processes_and_parts(tiny, capsys, monkeypatch):
+    words = "a batch of 4 does not divide by 1 (processes) x 3 (--accumulate)"
+    assert "teacher" not in refused(["--accumulate", "3", *tiny], capsys, words)
+
     monkeypatch.setattr(train_small, "processes", lambda: (1, 2))
     words = "a batch of 4 does not divide by 2 (processes) x 4 (--accumulate)"
     assert "teacher" not in refused(["--accumulate", "4", *tiny], capsys, words)
@@ -407,24 +404,11 @@ def uninterrupted(tmp_path_factory):
     return weights(finished_run(tmp_path_factory.mktemp("uninterrupted")))
 
 
-def interrupt_at(line, monkeypatch):
-    """SIGTERM comes when a line that begins so is shown."""
-    show = resumable.show_progress
-
-    def interrupted(text, last=False):
-        if text.startswith(line):
-            signal.raise_signal(signal.SIGTERM)
-        show(text, last)
-
-    monkeypatch.setattr(resumable, "show_progress", interrupted)
-
-
 @pytest.mark.parametrize(
     "line, stopped, next_command, starts",
     [
         ("teacher: step 2/", "2 of 4", "the same command", [2, 0]),
         ("student, tsld: step 2/", "2 of 6", "the same command and --resume", [4, 2]),
-        ("student, tsld: step 6/", "6 of 6", "the same command and --resume", [4, 6]),
     ],
 )
 def test_a_signal_stops_a_run_which_goes_on_to_the_very_same_weights(
@@ -454,34 +438,6 @@ def test_a_signal_stops_a_run_which_goes_on_to_the_very_same_weights(
     assert_equal(weights(tmp_path / "out"), uninterrupted)
 
 
-class Killed(BaseException):
-    """Nobody catches it, as nobody catches kill -9."""
-
-
-def test_a_killed_run_resumed_ends_with_the_very_same_weights(
-    uninterrupted, tiny, capsys, tmp_path, monkeypatch
-):
-    write = checkpoints.write_checked
-
-    def write_and_die(path, content):
-        write(path, content)
-        if "student" in path.name and content["step"] == 3:
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(resumable, "CHECKPOINT_SECONDS", 0)
-        patch.setattr(checkpoints, "write_checked", write_and_die)
-        with pytest.raises(Killed):
-            train_small.main(tiny)
-    (tmp_path / "out" / ".lock").write_text("12345")  # which a killed run leaves
-
-    assert read_checked(tmp_path / "out" / "student-tsld.pt")["step"] == 2
-
-    printed = run(["--resume", *tiny], capsys)
-    assert "found there" in printed
-    assert_equal(weights(tmp_path / "out"), uninterrupted)
-
-
 def test_an_interrupted_run_goes_on_in_the_folder_of_an_earlier_one(
     tiny, capsys, tmp_path, monkeypatch
 ):
@@ -496,14 +452,6 @@ def test_an_interrupted_run_goes_on_in_the_folder_of_an_earlier_one(
     assert "step 3/3" in run([*flags, "--steps", "3", "--resume"], capsys)
     assert read_checked(tmp_path / "out" / "student-tsld.pt")["step"] == 3
     assert not (tmp_path / "out" / "student-tsld.previous.pt").exists()
-
-
-def test_without_resume_a_student_begins_anew_whatever_is_there(
-    uninterrupted, tiny, capsys, tmp_path
-):
-    run(["--lr", "0.5", "--steps", "1", "--teacher-steps", "4", *tiny], capsys)
-    run(tiny, capsys)
-    assert_equal(weights(tmp_path / "out"), uninterrupted)
 
 
 def test_a_run_that_diverges_leaves_the_last_good_checkpoint(
@@ -722,26 +670,12 @@ def test_products_are_in_bfloat16_where_the_hardware_has_it(
     assert devices.default_dtype(torch.device(device)) == expected
 
 
-class Types(TorchDispatchMode):
-    """Notes the dtypes of the tensors that operations make."""
-
-    def __init__(self):
-        super().__init__()
-        self.made = set()
-
-    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        made = function(*arguments, **(keywords or {}))
-        tensors = tree_leaves(made)
-        self.made |= {t.dtype for t in tensors if isinstance(t, torch.Tensor)}
-        return made
-
-
 def test_nothing_in_a_run_is_float64_which_apples_gpus_lack(tiny, capsys, tmp_path):
-    with Types() as types:
+    with Watched() as watched:
         for loss in ("l2l", "tsld"):
             run(["--loss", loss, *SHORT, *tiny], capsys)
         file = str(tmp_path / "out" / "student-tsld.packed")
         run(["--generate", file, "--device", "cpu"], capsys)
 
-    assert torch.float32 in types.made
-    assert torch.float64 not in types.made
+    assert torch.float32 in watched.dtypes
+    assert torch.float64 not in watched.dtypes

@@ -31,6 +31,13 @@ ARC_NUMBERS = (
     '{"text": "t3", "label": "3"}]}, "answerKey": "3"}'
 )
 
+OPINION = "Is this sentence positive or negative?"
+
+
+def asked(text, question, choices, answer):
+    return Example(f"{text}\nQuestion: {question}\nAnswer:", choices, answer)
+
+
 # Some lines of each file as it is published, and the examples to train and to test on.
 TASKS = {
     "cola": (
@@ -40,28 +47,12 @@ TASKS = {
             "out_of_domain_dev.tsv": 'clc95\t0\t*\tLeft "he.',
         },
         [
-            Example(
-                "We ran.\nQuestion: Does this sentence make sense?\nAnswer:",
-                ("no", "yes"),
-                1,
-            ),
-            Example(
-                "Ran we.\nQuestion: Does this sentence make sense?\nAnswer:",
-                ("no", "yes"),
-                0,
-            ),
+            asked("We ran.", "Does this sentence make sense?", ("no", "yes"), 1),
+            asked("Ran we.", "Does this sentence make sense?", ("no", "yes"), 0),
         ],
         [
-            Example(
-                "He left.\nQuestion: Does this sentence make sense?\nAnswer:",
-                ("no", "yes"),
-                1,
-            ),
-            Example(
-                'Left "he.\nQuestion: Does this sentence make sense?\nAnswer:',
-                ("no", "yes"),
-                0,
-            ),
+            asked("He left.", "Does this sentence make sense?", ("no", "yes"), 1),
+            asked('Left "he.', "Does this sentence make sense?", ("no", "yes"), 0),
         ],
     ),
     "mrpc": (
@@ -71,17 +62,17 @@ TASKS = {
             "dev.tsv": f"\ufeff{GLUE_TITLES}0\t3\t4\tC.\tD.\n",
         },
         [
-            Example(
-                'Sentence 1: A "b.\nSentence 2: B a.\n'
-                "Question: Do both sentences mean the same thing?\nAnswer:",
+            asked(
+                'Sentence 1: A "b.\nSentence 2: B a.',
+                "Do both sentences mean the same thing?",
                 ("no", "yes"),
                 1,
             )
         ],
         [
-            Example(
-                "Sentence 1: C.\nSentence 2: D.\n"
-                "Question: Do both sentences mean the same thing?\nAnswer:",
+            asked(
+                "Sentence 1: C.\nSentence 2: D.",
+                "Do both sentences mean the same thing?",
                 ("no", "yes"),
                 0,
             )
@@ -100,20 +91,8 @@ TASKS = {
             "train.tsv": "sentence\tlabel\nfine \t1\n",
             "dev.tsv": 'sentence\tlabel\nso " so \t0\n',
         },
-        [
-            Example(
-                "fine\nQuestion: Is this sentence positive or negative?\nAnswer:",
-                ("negative", "positive"),
-                1,
-            )
-        ],
-        [
-            Example(
-                'so " so\nQuestion: Is this sentence positive or negative?\nAnswer:',
-                ("negative", "positive"),
-                0,
-            )
-        ],
+        [asked("fine", OPINION, ("negative", "positive"), 1)],
+        [asked('so " so', OPINION, ("negative", "positive"), 0)],
     ),
     "arc_easy": (
         {"train.jsonl": ARC_LETTERS, "test.jsonl": ARC_NUMBERS},
