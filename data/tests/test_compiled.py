@@ -316,6 +316,7 @@ torch.set_num_threads(2)
 packed = tsld.pack_ternary(torch.ones(64, 4096, dtype=torch.int8))
 layer = tsld.PackedLinear(4096, packed, torch.ones(1, 1))
 model = fast.speed_up(nn.Sequential(layer))
+assert model[0] is not layer  # without a compiler
 x = torch.ones(1, 4096)
 model(x)
 if os.fork() == 0:

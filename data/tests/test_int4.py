@@ -118,6 +118,9 @@ def crafted(tensors):
             torch.zeros(1, dtype=torch.uint8).expand(10**9, 12),
         ):
             yield ("tensors", f"{layer}.{part}"), value
+    of_columns = {f"{layer}.scale": torch.ones(1, 12)}
+    of_columns[f"{layer}.zero_point"] = torch.zeros(1, 12, dtype=torch.uint8)
+    yield ("tensors",), tensors | of_columns
     for name in ("extra", "wte.codes", "h.9.mlp.c_fc.codes", 3, ""):
         yield ("tensors", name), torch.zeros(3, 3).byte()
 

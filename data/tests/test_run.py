@@ -302,6 +302,14 @@ def test_a_run_within_one_tick_of_the_clock_has_no_speed(
     assert (row["train_seconds"], row["tokens_per_second"]) == (0.0, None)
 
 
+def test_the_same_command_again_finds_its_teacher_and_trains_its_student_anew(
+    tiny, capsys, trained
+):
+    for _ in range(2):
+        run([*SHORT, *tiny], capsys)
+    assert [call.start for call in trained] == [0, 0, 1, 0]
+
+
 def test_the_student_sees_the_beginning_of_the_text_alone(tiny, capsys, trained):
     run(["--student-tokens", "150", *SHORT, *tiny], capsys)
     teacher, student = trained
