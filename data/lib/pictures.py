@@ -177,7 +177,8 @@ def matrix(found, spikes):
     rows, columns = found["shape"]
     shared = ""
     if found["granularity"] == "channel":
-        shared = " Each row has its own Δ and α; marked are their means."
+        shared = " Each row has its own Δ and α, so that the colours overlap; marked "
+        shared += "are their means."
     limit = max(found[when]["limit"] for when in ("before", "after"))
     highest = max(max(densities(found[when])) for when in ("before", "after"))
 
@@ -215,14 +216,14 @@ def histogram(weights, limit, highest):
     unit = 100 / highest * size / (2 * weights["limit"])  # the height of one weight
     drawn, marks = "", ""
     heights = [100.0] * size
-    for code, counts in zip(CODES.values(), bins, strict=True):
+    for code in (0, -1, 1):
         bars = ""
-        for n, count in enumerate(counts):
+        for n, count in enumerate(bins[code + 1]):
             heights[n] -= unit * count  # one code on top of another
             if count:
                 corner = f"M{50 + (n - size / 2) * width:.2f} {heights[n]:.2f}"
                 bars += f"{corner}h{width:.2f}v{unit * count:.2f}h-{width:.2f}z"
-        drawn += f'<path class="fill {code}" d="{bars}"/>'
+        drawn += f'<path class="fill {CODES[code]}" d="{bars}"/>'
 
     shares = [sum(counts) / sum(map(sum, bins)) for counts in bins]
     for sign, share in zip(CODES, shares, strict=True):

@@ -141,7 +141,9 @@ def lesson_of_better(row):
 
     lesson += ". One run cannot say how much of that is chance."
     if sees_labels(row):
-        lesson += " It also learned from the true tokens, of its teacher's own text."
+        lesson += (
+            " The student also learned from the true tokens of its teacher's text."
+        )
     return [lesson]
 
 
