@@ -55,12 +55,12 @@ keep device and dtype unless a docstring says otherwise. Bad arguments raise Val
 """
 
 import math
-import os
 import tempfile
 import warnings
 import zipfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -350,19 +350,17 @@ def quantize_model(model, bits=2, granularity="tensor", skip=()):
     or one does more: it is of a subclass, or has hooks."""
     fake_quantize(torch.zeros(1, 1), bits, granularity)  # refuses bad arguments
     modules = dict(model.named_modules(remove_duplicate=False))
-
-    # What keeps full precision.
-    heads = getattr(model, "lm_head", None), getattr(model, "head", None)
-    exact = set()
-    for module in modules.values():
-        is_head = module is heads[0] or module is heads[1]
-        is_norm = type(module).__name__.endswith("Norm")
-        if is_head or is_norm or isinstance(module, nn.Embedding):
-            exact.add(module)
     for name in skip:
         if name not in modules:
             raise ValueError(f"the model has no module {name!r} to skip")
-        exact.update(modules[name].modules())
+
+    # What keeps full precision.
+    exact = {module for name in skip for module in modules[name].modules()}
+    heads = getattr(model, "lm_head", None), getattr(model, "head", None)
+    for module in modules.values():
+        is_norm = type(module).__name__.endswith("Norm")
+        if is_norm or module in heads or isinstance(module, nn.Embedding):
+            exact.add(module)
     spared = {p for module in exact for p in module.parameters(recurse=False)}
 
     layers = []
@@ -459,9 +457,7 @@ class Attention(nn.Module):
             cache[:, :, :, start : start + T] = torch.stack((k, v))
             k, v = cache[:, :, :, : start + T]
 
-        scores = None
-        if trace:
-            scores = q @ k.transpose(-2, -1) / math.sqrt(C // self.n_head)
+        scores = q @ k.mT / math.sqrt(C // self.n_head) if trace else None
 
         # The fused product. Its backward pass in bfloat16 is slow on CPUs.
         if x.is_cpu and q.element_size() == 2:
@@ -664,12 +660,7 @@ def make_optimizer(model, config):
 def training_loss(student, teacher, ids, targets, config):
     """config.loss of one batch, a scalar: both models forward, the terms, the loss.
     ids, targets: int64 (B, T). The loss "gt" does not look at the teacher."""
-    if config.loss == "gt":
-        logits = student(ids)
-        return distillation_loss("gt", per_token_terms(logits, logits, targets))
-
-    # L2L looks inside both.
-    if config.loss == "l2l":
+    if config.loss == "l2l":  # looks inside both models
         student_trace = student(ids, trace=True)
         with torch.no_grad():
             teacher_trace = teacher(ids, trace=True)
@@ -677,10 +668,12 @@ def training_loss(student, teacher, ids, targets, config):
         layers = layer_to_layer_loss(student_trace, teacher_trace, targets)
         return distillation_loss("l2l", terms, layers=layers)
 
-    # All others compare the logits.
+    # All others take the logits, and the labels alone need no teacher's.
     logits = student(ids)
-    with torch.no_grad():
-        teacher_logits = teacher(ids)
+    teacher_logits = logits
+    if config.loss != "gt":
+        with torch.no_grad():
+            teacher_logits = teacher(ids)
     terms = per_token_terms(logits, teacher_logits, targets)
     return distillation_loss(config.loss, terms, config.temperature, config.gt_weight)
 
@@ -729,7 +722,6 @@ def train(
         # Batch and dropout follow from seed and step. A resumed run draws the same.
         rng = np.random.default_rng((config.seed, step))
         batch = get_batch(tokens, config.batch_size, block_size, rng)
-        seed = rng.integers(2**62)
         ids, targets = (t.to(device, non_blocking=True) for t in batch)
 
         lr = learning_rate(step, config)
@@ -739,7 +731,7 @@ def train(
         # Forward and backward.
         student.zero_grad()
         with torch.random.fork_rng(gpus):  # the caller's random numbers go on
-            torch.manual_seed(seed)
+            torch.manual_seed(rng.integers(2**62))
             loss = backward(student, teacher, ids, targets, config)
 
         # Clip and step.
@@ -762,13 +754,13 @@ def check_training(student, tokens, config, teacher, block_size):
     if config.dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype must be float32 or bfloat16, not {config.dtype!r}")
 
-    is_whole = 1 <= config.accumulate <= config.batch_size
-    if not is_whole or config.batch_size % config.accumulate:
-        sizes = f"batch_size {config.batch_size}, accumulate {config.accumulate}"
-        raise ValueError(f"the parts of a batch must be equal, not of {sizes}")
+    B, parts = config.batch_size, config.accumulate
+    if B < 1 or parts < 1 or B % parts:
+        raise ValueError(f"no equal parts: batch_size {B}, accumulate {parts}")
     if not 1 <= block_size < len(tokens):
-        sizes = f"block_size {block_size} of {len(tokens)} tokens"
-        raise ValueError(f"a sequence must be shorter than the text, not {sizes}")
+        raise ValueError(
+            f"block_size {block_size} is not below {len(tokens)} tokens, or 0"
+        )
 
     # bfloat16 would lose small steps. A shared weight would move the teacher, too.
     of_teacher = set() if teacher is None else set(teacher.parameters())
@@ -830,9 +822,9 @@ def pack_ternary(codes):
     no multiple of 4, codes of 0 fill the last byte."""
     if not codes.is_meta and ((codes < -1) | (codes > 1)).any():
         raise ValueError(f"codes are -1, 0 and +1, not {codes.unique().tolist()}")
-    out, width = codes.shape
-    K = math.ceil(width / 4)  # bytes in a row
-    bits = F.pad(codes & 0b11, (0, 4 * K - width)).to(torch.uint8).view(out, K, 4)
+
+    filled = F.pad(codes & 0b11, (0, -codes.shape[1] % 4))
+    bits = filled.to(torch.uint8).unflatten(1, (-1, 4))  # (out, bytes in a row, 4)
     return bits[..., 0] | bits[..., 1] << 2 | bits[..., 2] << 4 | bits[..., 3] << 6
 
 
@@ -957,12 +949,11 @@ def save_model(path, model):
     content = {"format": PACKED_FORMAT, "config": config_of(model), "tensors": tensors}
 
     # In a folder of its own first: at `path` there is always a whole file.
-    parent = os.path.dirname(os.path.abspath(path))
-    with tempfile.TemporaryDirectory(dir=parent) as folder:
-        whole = os.path.join(folder, "model")
+    with tempfile.TemporaryDirectory(dir=Path(path).parent) as folder:
+        whole = Path(folder, "model")
         with open(whole, "wb") as file:
             torch.save(content, file)
-        os.replace(whole, path)
+        whole.replace(path)
 
 
 def load_model(path, into=None):
@@ -974,7 +965,7 @@ def load_model(path, into=None):
     with open(path, "rb") as file:
         try:
             sizes = [entry.file_size for entry in zipfile.ZipFile(file).infolist()]
-            if sum(sizes) > os.path.getsize(path):
+            if sum(sizes) > Path(path).stat().st_size:
                 raise ValueError("its content is larger than the file")
 
             # weights_only: no code in the file is run.
@@ -994,10 +985,9 @@ def fill(content, model):
     config, tensors = content["config"], content["tensors"]
 
     for name, tensor in tensors.items():
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name} is a view, which may claim any size")
-        if as_stored(name, tensor).dtype != tensor.dtype:
-            raise ValueError(f"{name} is {tensor.dtype}, which save_model never stores")
+        # A view may claim any size.
+        if not tensor.is_contiguous() or as_stored(name, tensor).dtype != tensor.dtype:
+            raise ValueError(f"{name} is not as save_model stores it")
 
     is_new = model is None
     if is_new:
