@@ -5,10 +5,9 @@ Language Models", NeurIPS 2023 (arXiv:2308.06744; their code: github.com/aiha-la
 
 A language model spends its time reading weights from memory. A weight that is -α, 0 or
 +α takes 2 bits instead of 32, and a product with it is an addition. But rounding a
-trained model that coarsely destroys it. So a ternary *student* is trained with the
-rounding in the loop (quantization-aware training, QAT), to give the same next-token
-distributions as its full-precision *teacher* (distillation). TSLD says how much each
-token counts:
+trained model that coarsely destroys it. So a ternary *student* is trained with rounding
+in the loop (quantization-aware training, QAT), to give the next-token distributions of
+its full-precision *teacher* (distillation). TSLD says how much each token counts:
 
     L = Σ_n  softmax_n( -Σ_i y_ni log P^T_ni / τ )  ·  Σ_i -P^T_ni log P^S_ni
              └─ token_scale: w_n, larger where  ┘      └─ kd: cross-entropy of ┘
@@ -82,7 +81,7 @@ def check_ids(ids, vocab_size):
     if not ids.is_cpu or ids.numel() == 0 or torch.compiler.is_compiling():
         return
 
-    low, high = ids.min().item(), ids.max().item()
+    low, high = ids.aminmax()
     if ids.dtype != torch.int64 or low < 0 or high >= vocab_size:
         found = f"{low} to {high} in {ids.dtype}"
         raise ValueError(f"token ids are int64, 0 to {vocab_size - 1}, not {found}")
@@ -93,9 +92,9 @@ def check_ids(ids, vocab_size):
 # to n, and each block hands its errors to the next. The logits stand at the end of that
 # chain: a loss on them sees the whole accumulated error.
 #
-# A distillation loss never falls to 0. The cross-entropy of student and teacher is
+# A distillation loss never falls to 0. Its floor is the mean, weighted by w_n in TSLD,
+# of the teacher's entropies, which no student changes:
 #     -Σ_i P^T_i log P^S_i  =  KL(P^T ‖ P^S)  +  entropy of P^T
-# and no student changes the entropy. Its mean, weighted by w_n in TSLD, is the floor.
 
 # Labels; teacher's logits; logits and layers; logits and labels; scaled logits (TSLD).
 LOSSES = ("gt", "logit", "l2l", "logit_gt", "tsld")
@@ -143,10 +142,10 @@ def mean_over_tokens(values, terms):
 def token_scale(ce_teacher, temperature=10.0):
     """w_n = softmax_n(ce_teacher_n / τ): how much each token of a sequence counts.
 
-    The softmax runs over the T tokens of one sequence, not over the vocabulary and not
-    over the batch: (B, T), in nats -> (B, T), each row sums to 1. At τ = 1 the weights
-    are proportional to 1 / P^T[y_n]. At τ = ∞ (math.inf) all are 1 / T, which is logit
-    distillation. No gradient flows through them. Padding weighs 0."""
+    The softmax runs over the T tokens of one sequence, not over vocabulary or batch:
+    (B, T), in nats -> (B, T), each row sums to 1. At τ = 1 the weights are proportional
+    to 1 / P^T[y_n]. At τ = ∞ (math.inf) all are 1 / T, which is logit distillation. No
+    gradient flows through them. Padding weighs 0."""
     if not temperature > 1e-30:  # below it, float32 would overflow
         raise ValueError(f"the temperature must be above 1e-30, not {temperature}")
 
@@ -161,10 +160,9 @@ def tsld_loss(terms, temperature=10.0, gt_weight=0.0):
     Its gradient for the student's logits at token n is w_n (P^S_n - P^T_n) / B. The
     scale says how hard a token pulls, not where to.
 
-    Where the teacher is sure of the true token, P^T_n is nearly the one-hot label. To
-    follow it is to learn the text by heart, and a label loss on top does so twice.
-    Where the true token surprises it, P^T_n mostly spreads over what else could follow,
-    which no label tells. TSLD weights the first down and the second up.
+    Where the teacher is sure of the true token, P^T_n is nearly the label: to follow it
+    is to learn the text by heart. Where the true token surprises it, P^T_n spreads over
+    what else could follow, which no label tells. TSLD gives this more weight.
 
     gt_weight adds gt_weight · mean(ce_student). The authors' program sums over its
     batch of 4, and adds the ground truth: up to a factor, a gt_weight of 0.25."""
@@ -186,11 +184,9 @@ def layer_to_layer_loss(student_trace, teacher_trace, targets=None):
 
         Σ MSE(hidden states)  +  Σ MSE(attention scores)
 
-    It compares 2 n_layer + 1 pairs of tensors; of the scores only the T (T + 1) / 2
-    that the causal mask lets through. Positions whose targets, (B, T), are -100 do not
-    count. No gradient flows into the teacher. In a decoder L2L is a poor guide: each
-    layer has to copy its teacher's, and nothing says which of the errors reach the
-    logits and add up there."""
+    Scores count where the causal mask lets them through, and nothing where targets,
+    (B, T), are -100. No gradient flows into the teacher. In a decoder L2L is a poor
+    guide: nothing says which of its layers' errors reach the logits, and add up."""
     student_tensors = [*student_trace.hidden_states, *student_trace.attention_scores]
     teacher_tensors = [*teacher_trace.hidden_states, *teacher_trace.attention_scores]
     if len(student_tensors) != len(teacher_tensors):
@@ -219,9 +215,8 @@ def layer_to_layer_loss(student_trace, teacher_trace, targets=None):
 
 
 def distillation_loss(name, terms, temperature=10.0, gt_weight=0.0, layers=None):
-    """The loss of a name in LOSSES (the paper's table 1), a float32 scalar.
-
-    gt_weight acts on "logit" and "tsld". layers: layer_to_layer_loss, for "l2l"."""
+    """The loss of a name in LOSSES (the paper's table 1), a float32 scalar. gt_weight
+    acts on "logit" and "tsld". layers: layer_to_layer_loss, for "l2l"."""
     gt = mean_over_tokens(terms.ce_student, terms)
     logit = mean_over_tokens(terms.kd, terms)
 
@@ -260,8 +255,7 @@ def ternarize(weight, granularity="tensor"):
         α = mean of |w| where |w| > Δ
 
     weight: (out, in), any float dtype. Returns codes, int8 (out, in), and the scale,
-    float32 (1, 1) or (out, 1). In a row of zeros all codes are 0. Its own scale, with
-    "channel", is 0. With "tensor", the scale is the whole matrix's."""
+    float32 (1, 1) or (out, 1). A row of zeros has codes 0 and, as its own scale, 0."""
     dims = _shared_dimensions(granularity)
     w = weight.detach().float()
 
@@ -285,7 +279,6 @@ def quantize_int4(weight, granularity="tensor"):
     dims = _shared_dimensions(granularity)
     w = weight.detach().float()
 
-    # 15 steps from the smallest to the largest weight.
     low = w.amin(dims, keepdim=True).clamp(max=0)
     high = w.amax(dims, keepdim=True).clamp(min=0)
     scale = (high - low) / 15
@@ -343,11 +336,10 @@ class QuantLinear(nn.Linear):
 def quantize_model(model, bits=2, granularity="tensor", skip=()):
     """Makes each nn.Linear of any torch module a QuantLinear, in place.
 
-    As in the paper, embeddings, norms, biases and the output head keep full precision.
-    The head is model.lm_head, model.head, or tied to an embedding. So do the modules
-    whose names are in `skip`. A warning names the matrices that are in none of these.
-    Returns the model. Raises ValueError, before any change, if there is no such layer,
-    or one does more: it is of a subclass, or has hooks."""
+    As in the paper, embeddings, norms, biases and the output head (model.lm_head,
+    model.head, or tied to an embedding) keep full precision, and so do the modules that
+    `skip` names. A warning names all other matrices. Returns the model. Raises
+    ValueError, before any change, if no layer is left, or one is special or hooked."""
     fake_quantize(torch.zeros(1, 1), bits, granularity)  # refuses bad arguments
     modules = dict(model.named_modules(remove_duplicate=False))
     for name in skip:
@@ -442,22 +434,21 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, cache=None, start=0, trace=False):
-        """x: (B, T, C) -> (B, T, C), and the scores (B, H, T, T) if trace, else None.
-
-        cache: (2, B, H, S, C / H), keys and values of the positions before `start`, to
-        which those of x are added. Raises ValueError if they do not fit in."""
-        B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+    def forward(self, x, cache=None, start=0, trace=None):
+        """x: (B, T, C) -> (B, T, C). trace: a list, which gets the scores (B, H, T, T).
+        cache: (2, B, H, S, C / H), keys and values before `start`, then those of x."""
+        T = x.shape[1]
+        qkv = self.c_attn(x).unflatten(-1, (3, self.n_head, -1))  # (B, T, 3, H, C / H)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, C / H)
 
         if cache is not None:
             if start + T > cache.shape[3] or (T > 1 and start > 0):
                 raise ValueError(f"the cache takes no {T} tokens at position {start}")
-            cache[:, :, :, start : start + T] = torch.stack((k, v))
-            k, v = cache[:, :, :, : start + T]
+            cache[..., start : start + T, :] = torch.stack((k, v))
+            k, v = cache[..., : start + T, :]
 
-        scores = q @ k.mT / math.sqrt(C // self.n_head) if trace else None
+        if trace is not None:
+            trace.append(q @ k.mT / math.sqrt(q.shape[-1]))
 
         # The fused product. Its backward pass in bfloat16 is slow on CPUs.
         if x.is_cpu and q.element_size() == 2:
@@ -468,7 +459,7 @@ class Attention(nn.Module):
             y = attend(q, k, v, dropout_p=dropout, is_causal=T > 1)  # (B, H, T, C / H)
 
         y = y.to(x.dtype).transpose(1, 2).flatten(2)  # (B, T, C)
-        return F.dropout(self.c_proj(y), dropout), scores
+        return F.dropout(self.c_proj(y), dropout)
 
 
 class Block(nn.Module):
@@ -487,10 +478,9 @@ class Block(nn.Module):
         self.mlp.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
         self.mlp.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, cache=None, start=0, trace=False):
-        y, scores = self.attn(self.ln_1(x), cache, start, trace)
-        x = x + y
-        return x + self.mlp(self.ln_2(x)), scores
+    def forward(self, x, cache=None, start=0, trace=None):
+        x = x + self.attn(self.ln_1(x), cache, start, trace)
+        return x + self.mlp(self.ln_2(x))
 
 
 class Head(nn.Linear):
@@ -535,11 +525,10 @@ class GPT(nn.Module):
         return F.dropout(x, self.config.dropout, self.training)
 
     def hidden(self, ids, cache=None, start=0):
-        """ids (B, T) -> (B, T, C) after the last norm: logits = hidden @ head.T. cache:
-        a list with one for each block, as Attention takes it."""
+        """(B, T) -> (B, T, C) after the last norm. cache: one of each block's attention."""
         x = self.embed(ids, start)
         for i, block in enumerate(self.h):
-            x, _ = block(x, None if cache is None else cache[i], start)
+            x = block(x, None if cache is None else cache[i], start)
         return self.ln_f(x)
 
     def forward(self, ids, trace=False):
@@ -548,15 +537,15 @@ class GPT(nn.Module):
 
         states, scores = [self.embed(ids)], []
         for block in self.h:
-            x, of_layer = block(states[-1], trace=True)
-            states.append(x)
-            scores.append(of_layer)
-        return Trace(self.lm_head(self.ln_f(states[-1])), states, scores)
+            states.append(block(states[-1], trace=scores))
+        logits = self.lm_head(self.ln_f(states[-1]))
+        return Trace(logits, states, scores)
 
     @torch.inference_mode()
     def stream(self, ids, max_new_tokens, temperature=1.0, top_k=None):
         """Yields the new columns of generate, int64 (B, 1), one after the other."""
-        (B, T), H, C = ids.shape, self.config.n_head, self.config.n_embd
+        B, T = ids.shape
+        H, C = self.config.n_head, self.config.n_embd
         S = T + max_new_tokens
         if T < 1 or max_new_tokens < 0 or self.config.block_size < S:
             sizes = f"a prompt of {T} tokens and {max_new_tokens} new ones"
@@ -564,7 +553,7 @@ class GPT(nn.Module):
 
         with evaluating(self):
             # Keys and values are kept: each token is computed once.
-            cache = [self.ln_f.weight.new_zeros(2, B, H, S, C // H) for _ in self.h]
+            cache = self.ln_f.weight.new_zeros(len(self.h), 2, B, H, S, C // H)
             start = 0
             for _ in range(max_new_tokens):
                 x = self.hidden(ids, cache, start)
@@ -658,8 +647,7 @@ def make_optimizer(model, config):
 
 
 def training_loss(student, teacher, ids, targets, config):
-    """config.loss of one batch, a scalar: both models forward, the terms, the loss.
-    ids, targets: int64 (B, T). The loss "gt" does not look at the teacher."""
+    """config.loss of one batch, a scalar. ids, targets: int64 (B, T)."""
     if config.loss == "l2l":  # looks inside both models
         student_trace = student(ids, trace=True)
         with torch.no_grad():
@@ -705,8 +693,7 @@ def train(
     tokens: int64 (n,), on the CPU. The loss "gt" needs no teacher.
     optimizer, start: go on after `start` steps, and end as a run without a break does.
     backward: a cheaper way to the same loss and gradient may take its place.
-    Raises TrainingDiverged, before the weights change, if loss or gradient is not
-    finite."""
+    Raises TrainingDiverged, with no weight changed, if one of both is not finite."""
     block_size = config.block_size
     if block_size is None:
         block_size = student.config.block_size
@@ -775,12 +762,10 @@ def check_training(student, tokens, config, teacher, block_size):
 def evaluate(model, tokens, block_size):
     """Mean cross-entropy of a text in nats per token. exp of it is the perplexity.
 
-    The text is cut into blocks of block_size tokens that do not overlap. Each token but
-    the first is predicted once, from the tokens before it in its block: the first
-    prediction of a block sees one token, the last block_size. tokens: int64 (n,)."""
+    tokens, int64 (n,), are cut into blocks that do not overlap. Each token but the
+    first is predicted once, from the 1 to block_size tokens before it in its block."""
     if tokens.dim() != 1 or len(tokens) < 2 or block_size < 1:
-        sizes = f"{tuple(tokens.shape)} in blocks of {block_size}"
-        raise ValueError(f"a text has 2 tokens or more, not {sizes}")
+        raise ValueError(f"no text: {tuple(tokens.shape)} in blocks of {block_size}")
 
     tokens = tokens.to(next(model.parameters(), tokens).device)
 
@@ -793,7 +778,7 @@ def evaluate(model, tokens, block_size):
     total = 0.0
     rows = max(1, 2048 // block_size)
     with evaluating(model):
-        for ids, y in zip(inputs.split(rows), targets.split(rows), strict=True):
+        for ids, y in zip(inputs.split(rows), targets.split(rows)):
             logits = model(ids).float().flatten(0, 1)  # (rows · block_size, V)
             total += F.cross_entropy(logits, y.flatten(), reduction="sum").item()
     return total / (len(tokens) - 1)
@@ -807,14 +792,12 @@ def bits_per_byte(nats_per_token, tokens, bytes):
 
 # ---- 5. Packing ----------------------------------------------------------------------
 # A code takes the two lowest bits of its two's complement: 0 is 00, +1 is 01, -1 is 11.
-# Byte k of a row holds codes 4k to 4k + 3, code 4k + j in its bits 2j and 2j + 1. So
-# the lowest bits hold the first code:
+# Byte k of a row holds codes 4k to 4k + 3, the first one in its lowest bits:
 #
 #     codes                 bits, from the highest on            byte
 #     +1  -1   0  +1        01 00 11 01                          64 + 12 + 1 = 77
 #
-# A layer of 768 outputs and 3072 inputs takes 768 · 768 = 589,824 bytes and a scale.
-# In FP32 it takes 9,437,184 bytes, 16 times as many.
+# 768 rows of 3072 codes take 768 · 768 = 589,824 bytes, where FP32 takes 16 times that.
 
 
 def pack_ternary(codes):
@@ -840,12 +823,10 @@ def ternary_matmul(x, packed, scale, bias=None):
     """x @ (scale · codes).T + bias, from the packed bytes: the definition.
 
     An output adds the inputs whose code is +1, subtracts those whose code is -1, and is
-    multiplied by its scale. A packed model still multiplies in attention, in the norms,
-    in GELU and in the output head.
+    multiplied by its scale. (Attention, norms, GELU and output head still multiply.)
 
-    x: (..., in), any float dtype. packed: uint8 (out, ceil(in / 4)). scale: float32,
-    (1, 1) or (out, 1). bias: (out,) or None. Returns (..., out) in x's dtype, added up
-    in float32. Raises ValueError if the shapes do not fit."""
+    x: (..., in), of any float dtype, which the result (..., out) has too. It is added up
+    in float32. packed: uint8 (out, ceil(in / 4)). scale: (1, 1) or (out, 1)."""
     *leading, width = x.shape
     out, K = packed.shape
     if math.ceil(width / 4) != K or scale.numel() not in (1, out):
@@ -910,9 +891,8 @@ def pack_model(model):
     return model.requires_grad_(False).eval()
 
 
-# A file holds the codes, float32 vectors (scales, biases, norms) and float16 matrices
-# (embeddings, output head). GPT-2 small shrinks from 498 to 101 MB, 5 times and not 16:
-# of its 124 million weights 85 are ternary (21 MB), and 39 are embeddings (79 MB).
+# A file holds codes, float32 vectors (scales, biases, norms) and float16 embeddings. Of
+# GPT-2 small's 101 MB these take 79: it had 498, so it shrinks 5 times and not 16.
 
 PACKED_FORMAT = "tsld packed 4"
 
@@ -959,9 +939,8 @@ def save_model(path, model):
 def load_model(path, into=None):
     """Reads what save_model wrote, onto the CPU, in eval mode, with nothing to train.
 
-    into: for another model than GPT, the module to fill, full-precision or quantized;
-    it keeps its dtype. Raises CheckpointError, and runs no code, if the file is not one
-    that save_model wrote for such a model. `into` may then be half filled."""
+    into: the module to fill, if it is no GPT; it keeps its dtype. CheckpointError, and
+    no code runs, if the file is not of such a model. `into` may then be half filled."""
     with open(path, "rb") as file:
         try:
             sizes = [entry.file_size for entry in zipfile.ZipFile(file).infolist()]
@@ -974,8 +953,7 @@ def load_model(path, into=None):
             return fill(content, into)
         except Exception as error:  # a foreign file can make torch raise any of them
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-            message = f"{path} is no such packed model: {reason:.200}"
-            raise CheckpointError(message) from None
+            raise CheckpointError(f"{path} does not load: {reason:.200}") from None
 
 
 def fill(content, model):
