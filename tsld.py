@@ -58,7 +58,7 @@ import tempfile
 import warnings
 import zipfile
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, astuple, dataclass, is_dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -116,15 +116,15 @@ def per_token_terms(student_logits, teacher_logits, targets):
         raise ValueError(f"student, teacher and targets do not fit: {shapes}")
 
     ignored = targets == -100
-    y = targets.masked_fill(ignored, 0)
+    y = targets.masked_fill(ignored, 0)[..., None]  # (B, T, 1)
     check_ids(y, student_logits.shape[-1])
 
     log_p_student = student_logits.float().log_softmax(dim=-1)  # (B, T, V)
     log_p_teacher = teacher_logits.detach().float().log_softmax(dim=-1)  # (B, T, V)
     p_teacher = log_p_teacher.exp()
 
-    ce_student = -log_p_student.gather(-1, y[..., None]).squeeze(-1)
-    ce_teacher = -log_p_teacher.gather(-1, y[..., None]).squeeze(-1)
+    ce_student = -log_p_student.gather(-1, y).squeeze(-1)
+    ce_teacher = -log_p_teacher.gather(-1, y).squeeze(-1)
 
     # Where the teacher has 0, so has the sum, even if the student's log is -∞.
     kd = -(p_teacher * log_p_student.masked_fill(p_teacher == 0, 0)).sum(dim=-1)
@@ -136,7 +136,8 @@ def per_token_terms(student_logits, teacher_logits, targets):
 
 def mean_over_tokens(values, terms):
     """The mean of values, (B, T), over the tokens that count."""
-    return values.sum() / (terms.ce_teacher != -math.inf).sum().clamp(min=1)
+    counts = terms.ce_teacher != -math.inf
+    return values.sum() / counts.sum().clamp(min=1)
 
 
 def token_scale(ce_teacher, temperature=10.0):
@@ -186,7 +187,7 @@ def layer_to_layer_loss(student_trace, teacher_trace, targets=None):
 
     Scores count where the causal mask lets them through, and nothing where targets,
     (B, T), are -100. No gradient flows into the teacher. In a decoder L2L is a poor
-    guide: nothing says which of its layers' errors reach the logits, and add up."""
+    guide: nothing says which errors of its layers reach the logits and add up there."""
     student_tensors = [*student_trace.hidden_states, *student_trace.attention_scores]
     teacher_tensors = [*teacher_trace.hidden_states, *teacher_trace.attention_scores]
     if len(student_tensors) != len(teacher_tensors):
@@ -194,7 +195,7 @@ def layer_to_layer_loss(student_trace, teacher_trace, targets=None):
         raise ValueError(f"L2L compares models of one depth, not {depths}")
 
     if targets is None:
-        targets = torch.zeros_like(student_tensors[0][..., 0], dtype=torch.int64)
+        targets = torch.zeros_like(student_tensors[0][..., 0])
     counts = targets != -100  # (B, T)
 
     loss = 0.0
@@ -210,7 +211,7 @@ def layer_to_layer_loss(student_trace, teacher_trace, targets=None):
             seen = counts[:, None, :, None].expand_as(student).tril()
 
         error = torch.where(seen, student.float() - teacher.detach().float(), 0)
-        loss = loss + error.square().sum() / seen.sum().clamp(min=1)
+        loss += error.square().sum() / seen.sum().clamp(min=1)
     return loss
 
 
@@ -336,10 +337,10 @@ class QuantLinear(nn.Linear):
 def quantize_model(model, bits=2, granularity="tensor", skip=()):
     """Makes each nn.Linear of any torch module a QuantLinear, in place.
 
-    As in the paper, embeddings, norms, biases and the output head (model.lm_head,
-    model.head, or tied to an embedding) keep full precision, and so do the modules that
-    `skip` names. A warning names all other matrices. Returns the model. Raises
-    ValueError, before any change, if no layer is left, or one is special or hooked."""
+    Embeddings, norms, biases and the output head (model.lm_head, model.head, or tied to
+    an embedding) keep full precision, as in the paper. So do the modules that `skip`
+    names. A warning names all other matrices. Returns the model. Raises ValueError,
+    before any change, if no layer is left, or one is of a subclass or has hooks."""
     fake_quantize(torch.zeros(1, 1), bits, granularity)  # refuses bad arguments
     modules = dict(model.named_modules(remove_duplicate=False))
     for name in skip:
@@ -387,18 +388,16 @@ def quantize_model(model, bits=2, granularity="tensor", skip=()):
 
 
 # ---- 3. GPT --------------------------------------------------------------------------
-# GPT-2 (Radford et al., 2019): learned positions, a norm before each sublayer, biases
-# everywhere, GELU in its tanh approximation, and an output head that is tied to the
-# token embedding. The parameters have the names of the published weights.
+# GPT-2 (Radford et al., 2019): learned positions, a norm before each sublayer, biases,
+# tanh GELU, and a head tied to the token embedding. Names are the published weights'.
 
 
 @contextmanager
 def evaluating(model):
     """Eval mode inside; afterwards each module's own mode again."""
     in_training = [module for module in model.modules() if module.training]
-    model.eval()
     try:
-        yield
+        yield model.eval()
     finally:
         for module in in_training:
             module.training = True
@@ -416,7 +415,7 @@ class GPTConfig:
     dropout: float = 0.0
 
     def __post_init__(self):
-        sizes = self.block_size, self.vocab_size, self.n_layer, self.n_head, self.n_embd
+        *sizes, _ = astuple(self)  # all but dropout
         if any(type(size) is not int or size < 1 for size in sizes):
             raise ValueError(f"the sizes must be positive integers, not {sizes}")
 
@@ -525,7 +524,7 @@ class GPT(nn.Module):
         return F.dropout(x, self.config.dropout, self.training)
 
     def hidden(self, ids, cache=None, start=0):
-        """(B, T) -> (B, T, C) after the last norm. cache: one of each block's attention."""
+        """(B, T) -> (B, T, C), after the last norm. cache: one for each block."""
         x = self.embed(ids, start)
         for i, block in enumerate(self.h):
             x = block(x, None if cache is None else cache[i], start)
@@ -693,7 +692,7 @@ def train(
     tokens: int64 (n,), on the CPU. The loss "gt" needs no teacher.
     optimizer, start: go on after `start` steps, and end as a run without a break does.
     backward: a cheaper way to the same loss and gradient may take its place.
-    Raises TrainingDiverged, with no weight changed, if one of both is not finite."""
+    Raises TrainingDiverged, the weights kept, if loss or gradient is not finite."""
     block_size = config.block_size
     if block_size is None:
         block_size = student.config.block_size
@@ -723,13 +722,12 @@ def train(
 
         # Clip and step.
         norm = nn.utils.clip_grad_norm_(student.parameters(), config.clip)
-        is_finite = math.isfinite(loss + norm)  # the one wait for the device
-        loss = loss.item()
-        if not is_finite:
+        if not math.isfinite(loss + norm):  # the one wait for the device
             values = f"loss {loss:.4g}, gradient of norm {norm:.4g}"
             raise TrainingDiverged(f"{values} at step {step + 1}, rate {lr:.2e}")
+        value = loss.item()
         optimizer.step()
-        yield step + 1, loss
+        yield step + 1, value
 
     student.eval()
 
@@ -825,8 +823,8 @@ def ternary_matmul(x, packed, scale, bias=None):
     An output adds the inputs whose code is +1, subtracts those whose code is -1, and is
     multiplied by its scale. (Attention, norms, GELU and output head still multiply.)
 
-    x: (..., in), of any float dtype, which the result (..., out) has too. It is added up
-    in float32. packed: uint8 (out, ceil(in / 4)). scale: (1, 1) or (out, 1)."""
+    x: (..., in) -> (..., out) in its dtype, added up in float32. packed: uint8
+    (out, ceil(in / 4)). scale: float32, (1, 1) or (out, 1). bias: (out,) or None."""
     *leading, width = x.shape
     out, K = packed.shape
     if math.ceil(width / 4) != K or scale.numel() not in (1, out):

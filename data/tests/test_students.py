@@ -101,7 +101,7 @@ def test_a_file_that_is_no_packed_model_is_refused(packed, capsys, tmp_path):
     refused(["--generate", str(tmp_path / "nowhere")], capsys, words)
 
     files.write_checked(tmp_path / "checkpoint", {"step": 3})
-    words = f"{tmp_path / 'checkpoint'} is no such packed model: "
+    words = f"{tmp_path / 'checkpoint'} does not load: "
     refused(["--generate", str(tmp_path / "checkpoint")], capsys, words)
 
     content = bytearray(packed.read_bytes())

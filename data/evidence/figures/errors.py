@@ -116,8 +116,7 @@ def outputs_of(model, ids):
     caught = []
 
     def catch(module, inputs, output):
-        y, _ = output  # without the scores
-        caught.append(y)
+        caught.append(output)
 
     hooks = [block.attn.register_forward_hook(catch) for block in model.h]
     logits = model(ids)
