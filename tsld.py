@@ -655,7 +655,7 @@ def training_loss(student, teacher, ids, targets, config):
         layers = layer_to_layer_loss(student_trace, teacher_trace, targets)
         return distillation_loss("l2l", terms, layers=layers)
 
-    # All others take the logits, and the labels alone need no teacher's.
+    # All others take logits. The labels alone need no teacher's.
     logits = student(ids)
     teacher_logits = logits
     if config.loss != "gt":
@@ -743,9 +743,8 @@ def check_training(student, tokens, config, teacher, block_size):
     if B < 1 or parts < 1 or B % parts:
         raise ValueError(f"no equal parts: batch_size {B}, accumulate {parts}")
     if not 1 <= block_size < len(tokens):
-        raise ValueError(
-            f"block_size {block_size} is not below {len(tokens)} tokens, or 0"
-        )
+        sizes = f"block_size {block_size} of {len(tokens)} tokens"
+        raise ValueError(f"a sequence must be shorter than the text, not {sizes}")
 
     # bfloat16 would lose small steps. A shared weight would move the teacher, too.
     of_teacher = set() if teacher is None else set(teacher.parameters())
@@ -763,7 +762,8 @@ def evaluate(model, tokens, block_size):
     tokens, int64 (n,), are cut into blocks that do not overlap. Each token but the
     first is predicted once, from the 1 to block_size tokens before it in its block."""
     if tokens.dim() != 1 or len(tokens) < 2 or block_size < 1:
-        raise ValueError(f"no text: {tuple(tokens.shape)} in blocks of {block_size}")
+        sizes = f"{tuple(tokens.shape)} in blocks of {block_size}"
+        raise ValueError(f"a text has 2 tokens or more, not {sizes}")
 
     tokens = tokens.to(next(model.parameters(), tokens).device)
 
@@ -937,8 +937,8 @@ def save_model(path, model):
 def load_model(path, into=None):
     """Reads what save_model wrote, onto the CPU, in eval mode, with nothing to train.
 
-    into: the module to fill, if it is no GPT; it keeps its dtype. CheckpointError, and
-    no code runs, if the file is not of such a model. `into` may then be half filled."""
+    into: the module to fill if it is no GPT, with its dtype. Raises CheckpointError,
+    and runs no code, if the file is of no such model. `into` may then be half filled."""
     with open(path, "rb") as file:
         try:
             sizes = [entry.file_size for entry in zipfile.ZipFile(file).infolist()]
