@@ -938,7 +938,7 @@ def load_model(path, into=None):
     """Reads what save_model wrote, onto the CPU, in eval mode, with nothing to train.
 
     into: the module to fill if it is no GPT, with its dtype. Raises CheckpointError,
-    and runs no code, if the file is of no such model. `into` may then be half filled."""
+    and runs no code, for anything but such a model. `into` may then be half filled."""
     with open(path, "rb") as file:
         try:
             sizes = [entry.file_size for entry in zipfile.ZipFile(file).infolist()]
