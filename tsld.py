@@ -81,7 +81,11 @@ def check_ids(ids, vocab_size):
     if not ids.is_cpu or ids.numel() == 0 or torch.compiler.is_compiling():
         return
 
-    low, high = ids.aminmax()
+    try:
+        low, high = ids.min().item(), ids.max().item()
+    except RuntimeError:  # under vmap, and in fake tensors, there are no values
+        return
+
     if ids.dtype != torch.int64 or low < 0 or high >= vocab_size:
         found = f"{low} to {high} in {ids.dtype}"
         raise ValueError(f"token ids are int64, 0 to {vocab_size - 1}, not {found}")
@@ -151,7 +155,8 @@ def token_scale(ce_teacher, temperature=10.0):
         raise ValueError(f"the temperature must be above 1e-30, not {temperature}")
 
     ignored = ce_teacher == -math.inf
-    scores = (ce_teacher.detach() / temperature).masked_fill(ignored, -math.inf)
+    ce = ce_teacher.detach().clamp(max=1e8)  # infinite where the vocabulary is masked
+    scores = (ce / temperature).masked_fill(ignored, -math.inf)
     return scores.softmax(dim=1).masked_fill(ignored, 0)
 
 
@@ -334,6 +339,15 @@ class QuantLinear(nn.Linear):
         return F.linear(x, self.dequantized(), self.bias)
 
 
+def check_plain(name, layer):
+    """Raises ValueError if a linear layer does more than its class says."""
+    if type(layer) not in (nn.Linear, QuantLinear):
+        raise ValueError(f"{name} is a {type(layer).__name__}, not an nn.Linear")
+    for key, value in vars(layer).items():
+        if key == "forward" or (key.endswith("_hooks") and value):
+            raise ValueError(f"{name} has its own {key}, which packing would lose")
+
+
 def quantize_model(model, bits=2, granularity="tensor", skip=()):
     """Makes each nn.Linear of any torch module a QuantLinear, in place.
 
@@ -348,11 +362,12 @@ def quantize_model(model, bits=2, granularity="tensor", skip=()):
             raise ValueError(f"the model has no module {name!r} to skip")
 
     # What keeps full precision.
-    exact = {module for name in skip for module in modules[name].modules()}
-    heads = getattr(model, "lm_head", None), getattr(model, "head", None)
+    kept = [modules[name] for name in skip]
+    kept += [getattr(model, "lm_head", None), getattr(model, "head", None)]
+    exact = {m for top in kept if isinstance(top, nn.Module) for m in top.modules()}
     for module in modules.values():
         is_norm = type(module).__name__.endswith("Norm")
-        if is_norm or module in heads or isinstance(module, nn.Embedding):
+        if is_norm or isinstance(module, nn.Embedding):
             exact.add(module)
     spared = {p for module in exact for p in module.parameters(recurse=False)}
 
@@ -362,10 +377,7 @@ def quantize_model(model, bits=2, granularity="tensor", skip=()):
         if not is_linear or module.weight in spared:
             continue
 
-        if type(module) not in (nn.Linear, QuantLinear):
-            raise ValueError(f"{name} is a {type(module).__name__}, not an nn.Linear")
-        if any(value for key, value in vars(module).items() if key.endswith("_hooks")):
-            raise ValueError(f"{name} has hooks, which a packed layer would lose")
+        check_plain(name, module)
         layers.append(module)
 
     if not layers:
@@ -572,7 +584,8 @@ class GPT(nn.Module):
 def sample(logits, temperature=1.0, top_k=None):
     """One token for each row, (B, V) -> int64 (B, 1), by softmax(logits / temperature)
     of the top_k likeliest, or of all. Temperature 0 takes the likeliest."""
-    if not temperature >= 0 or (top_k is not None and top_k < 1):
+    is_cold = temperature != 0 and not temperature > 1e-30  # logits would overflow
+    if is_cold or (top_k is not None and top_k < 1):
         raise ValueError(f"temperature {temperature} or top_k {top_k} is too low")
 
     if temperature == 0:
@@ -736,6 +749,8 @@ def check_training(student, tokens, config, teacher, block_size):
     """Raises ValueError if `train` cannot do what it is asked for."""
     if teacher is None and config.loss != "gt":
         raise ValueError(f"the loss {config.loss!r} needs a teacher")
+    if not config.clip > 0:
+        raise ValueError(f"clip must be above 0 (infinity: never), not {config.clip}")
     if config.dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype must be float32 or bfloat16, not {config.dtype!r}")
 
@@ -747,11 +762,12 @@ def check_training(student, tokens, config, teacher, block_size):
         raise ValueError(f"a sequence must be shorter than the text, not {sizes}")
 
     # bfloat16 would lose small steps. A shared weight would move the teacher, too.
-    of_teacher = set() if teacher is None else set(teacher.parameters())
+    frozen = () if teacher is None else teacher.parameters()
+    of_teacher = {parameter.data_ptr() for parameter in frozen} - {0}  # 0: no memory
     for name, parameter in student.named_parameters():
         if parameter.requires_grad and parameter.element_size() < 4:
             raise ValueError(f"{name} is {parameter.dtype}: train float32 weights")
-        if parameter.requires_grad and parameter in of_teacher:
+        if parameter.requires_grad and parameter.data_ptr() in of_teacher:
             raise ValueError(f"{name} is the teacher's as well: copy the model first")
 
 
@@ -778,8 +794,9 @@ def evaluate(model, tokens, block_size):
     with evaluating(model):
         for ids, y in zip(inputs.split(rows), targets.split(rows)):
             logits = model(ids).float().flatten(0, 1)  # (rows · block_size, V)
+            check_ids(y[y != -100], logits.shape[-1])
             total += F.cross_entropy(logits, y.flatten(), reduction="sum").item()
-    return total / (len(tokens) - 1)
+    return total / (targets != -100).sum().item()
 
 
 def bits_per_byte(nats_per_token, tokens, bytes):
@@ -827,8 +844,10 @@ def ternary_matmul(x, packed, scale, bias=None):
     (out, ceil(in / 4)). scale: float32, (1, 1) or (out, 1). bias: (out,) or None."""
     *leading, width = x.shape
     out, K = packed.shape
-    if math.ceil(width / 4) != K or scale.numel() not in (1, out):
-        shapes = f"packed {(out, K)}, {scale.numel()} scales, {width} inputs"
+    scales = scale.numel()
+    biases = None if bias is None else bias.numel()
+    if math.ceil(width / 4) != K or scales not in (1, out) or biases not in (None, out):
+        shapes = f"packed {(out, K)}, {scales} scales, {width} inputs, {biases} biases"
         raise ValueError(f"the shapes do not fit: {shapes}")
 
     codes = unpack_ternary(packed, width)  # (out, in)
@@ -871,11 +890,16 @@ class PackedLinear(nn.Module):
 def pack_model(model):
     """Replaces every 2-bit QuantLinear by a PackedLinear, in place. 4-bit layers stay.
     Returns the model, in eval mode, with nothing to train."""
-    packed = {}  # once for each weight, which two layers may share
-    for name, layer in list(model.named_modules(remove_duplicate=False)):
-        if not isinstance(layer, QuantLinear) or layer.bits != 2:
-            continue
+    layers = {}
+    for name, layer in model.named_modules(remove_duplicate=False):
+        if isinstance(layer, QuantLinear) and layer.bits == 2:
+            check_plain(name, layer)
+            layers[name] = layer
+    if not layers:
+        raise ValueError("there is no 2-bit QuantLinear to pack: see quantize_model")
 
+    packed = {}  # once for each weight, which two layers may share
+    for name, layer in layers.items():
         if layer.weight not in packed:
             codes, scale = ternarize(layer.weight, layer.granularity)
             packed[layer.weight] = pack_ternary(codes), scale
@@ -883,9 +907,6 @@ def pack_model(model):
         bias = None if layer.bias is None else layer.bias.detach()
         ternary = PackedLinear(layer.in_features, *packed[layer.weight], bias)
         model.set_submodule(name, ternary)
-
-    if not packed:
-        raise ValueError("there is no 2-bit QuantLinear to pack: see quantize_model")
     return model.requires_grad_(False).eval()
 
 
@@ -915,13 +936,13 @@ def as_stored(name, tensor):
 def save_model(path, model):
     """Writes a packed model, whole or not at all. Raises ValueError, the old file left
     as it was, if not all is packed, or a value is not finite as it is stored."""
-    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     layers = [m for m in model.modules() if isinstance(m, PackedLinear)]
     if not layers or any(isinstance(m, QuantLinear) for m in model.modules()):
         raise ValueError("the model is not packed, or not all of it: see pack_model")
 
     tensors, of_parameter = {}, {}
     for name, tensor in model.state_dict(keep_vars=True).items():
+        name = name.replace("_orig_mod.", "")  # what torch.compile wraps
         value = as_stored(name, tensor.detach().cpu())
         tensors[name] = of_parameter.setdefault(id(tensor), value)  # tied: only once
     content = {"format": PACKED_FORMAT, "config": config_of(model), "tensors": tensors}
@@ -967,6 +988,8 @@ def fill(content, model):
 
     is_new = model is None
     if is_new:
+        if config is None or config.keys() != asdict(GPTConfig()).keys():
+            raise ValueError("it is of another model than GPT, which goes to `into`")
         if config["n_layer"] > len(tensors):  # before anything is built
             raise ValueError(f"{config['n_layer']} layers exceed its tensors")
         with torch.device("meta"):  # without values
@@ -991,4 +1014,11 @@ def fill(content, model):
     model.load_state_dict(tensors, assign=is_new)
     if is_new and torch.equal(model.lm_head.weight, model.wte.weight):
         model.lm_head.weight = model.wte.weight  # one parameter, as it was
-    return model.cpu()
+    for module in model.modules():
+        if is_new and type(module) is nn.Linear:  # which quantize_model skipped
+            module.float()
+
+    for name, tensor in model.cpu().state_dict().items():
+        if not torch.equal(tensor, tensors[name].to(tensor.dtype)):
+            raise ValueError(f"{name} is tied in this model, and not in the file's")
+    return model

@@ -7,6 +7,8 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call, grad, vmap
+from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune, weight_norm
 
 import tsld
@@ -96,6 +98,15 @@ def test_a_vocabulary_that_both_models_mask_counts_0():
     assert student.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("temperature", [1e-29, 1.0, 10.0])
+def test_true_tokens_that_the_teacher_rules_out_share_the_whole_weight(temperature):
+    """The limit of softmax where some surprises grow without bound."""
+    surprise = torch.tensor([[math.inf, 1.0, math.inf, 2.0]])
+    scale = tsld.token_scale(surprise, temperature)
+    assert scale.equal(torch.tensor([[0.5, 0.0, 0.5, 0.0]]))
+    assert tsld.token_scale(surprise, math.inf).equal(torch.full((1, 4), 0.25))
+
+
 @pytest.mark.parametrize("token", [-1, -99, 5, 10**9])
 def test_targets_outside_the_vocabulary_are_refused(token):
     student, teacher, targets = batch_of([6])
@@ -137,12 +148,20 @@ def hooked(register):
     return layer
 
 
+def patched():
+    """A layer whose forward is not its class's."""
+    layer = nn.Linear(4, 4)
+    layer.forward = lambda x: 2 * F.linear(x, layer.weight, layer.bias)
+    return layer
+
+
 IMPOSTORS = {
     "subclass": lambda: Scaled(4, 4),
     "forward hook": lambda: hooked("register_forward_hook"),
     "pre-hook": lambda: hooked("register_forward_pre_hook"),
     "backward hook": lambda: hooked("register_full_backward_hook"),
     "backward pre-hook": lambda: hooked("register_full_backward_pre_hook"),
+    "forward of its own": patched,
     "pruned": lambda: prune.l1_unstructured(nn.Linear(4, 4), "weight", 0.5),
     "parametrized": lambda: parametrizations.weight_norm(nn.Linear(4, 4)),
     "weight norm": lambda: weight_norm(nn.Linear(4, 4)),
@@ -153,7 +172,7 @@ IMPOSTORS = {
 @pytest.mark.parametrize("make", IMPOSTORS.values(), ids=IMPOSTORS)
 def test_a_layer_that_is_not_just_an_nn_linear_is_refused_before_any_change(make):
     model = nn.ModuleDict({"first": nn.Linear(4, 4), "second": make()})
-    with refused("second (is a|has hooks)"):
+    with refused("second (is a|has its own)"):
         tsld.quantize_model(model)
     assert type(model.first) is nn.Linear
 
@@ -162,6 +181,23 @@ def test_a_layer_that_is_not_just_an_nn_linear_is_refused_before_any_change(make
     tsld.quantize_model(model, skip=["second"])
     assert type(model.first) is tsld.QuantLinear
     assert model.second is impostor
+
+
+@pytest.mark.parametrize("change", ["hook", "forward", "parametrized", "subclass"])
+def test_a_student_whose_layer_does_more_is_not_packed_before_any_change(change):
+    model = tsld.quantize_model(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
+    if change == "hook":
+        model[1].register_forward_hook(lambda *arguments: None)
+    if change == "forward":
+        model[1].forward = lambda x: 2 * x
+    if change == "parametrized":
+        parametrizations.weight_norm(model[1])
+    if change == "subclass":
+        model[1].__class__ = type("Branched", (tsld.QuantLinear,), {})
+
+    with refused("1 (is a|has its own)"):
+        tsld.pack_model(model)
+    assert type(model[0]) is tsld.QuantLinear
 
 
 def test_skipped_modules_keep_full_precision_with_all_that_is_in_them():
@@ -185,6 +221,12 @@ def test_the_head_is_the_models_own_and_not_a_part_that_is_called_so():
     model = tsld.quantize_model(Model())
     assert type(model.attention["head"]) is tsld.QuantLinear
     assert type(model.head) is nn.Linear
+
+    # A head of several layers is one, too.
+    model = Model()
+    model.lm_head = nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 9))
+    tsld.quantize_model(model)
+    assert type(model.lm_head[0]) is type(model.lm_head[2]) is nn.Linear
 
 
 def test_a_weight_under_two_names_is_packed_once_and_loads_again(tmp_path):
@@ -221,6 +263,18 @@ def test_a_student_that_is_its_own_teacher_is_refused_by_name():
             next(tsld.train(student, TEXT, BRIEF, teacher))
 
 
+@pytest.mark.parametrize("way", ["assign", "data"])
+def test_weights_that_stand_where_the_teachers_do_are_refused_by_name(way):
+    teacher = micro_gpt()
+    student = tsld.quantize_model(copy.deepcopy(teacher))
+    if way == "assign":
+        student.load_state_dict(teacher.state_dict(), assign=True)
+    else:
+        student.h[0].ln_1.bias.data = teacher.h[0].ln_1.bias.data
+    with refused("is the teacher's as well"):
+        next(tsld.train(student, TEXT, BRIEF, teacher))
+
+
 @pytest.mark.parametrize("tokens", [TEXT + 9, TEXT - 9, TEXT.int()])
 def test_tokens_outside_the_vocabulary_or_of_another_dtype_are_refused(tokens):
     model = micro_gpt()
@@ -232,11 +286,37 @@ def test_tokens_outside_the_vocabulary_or_of_another_dtype_are_refused(tokens):
         model.generate(tokens.view(10, 6), 1)
 
 
-@pytest.mark.parametrize("changes", [{"accumulate": 0}, {"block_size": 0}])
+def test_a_text_is_scored_per_token_that_counts():
+    model = micro_gpt()
+    expected = tsld.evaluate(model, TEXT[:5], 8)
+    padded = torch.cat([TEXT[:5], torch.tensor([PADDING])])
+    assert tsld.evaluate(model, padded, 8) == expected
+
+    # The last token is no input, and still has to be one.
+    with refused("0 to 16, not 0 to 17"):
+        tsld.evaluate(model, torch.cat([TEXT[:5], torch.tensor([17])]), 8)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_gradients_of_each_sequence_come_out_of_vmap():
+    """What each gives by itself."""
+    model = micro_gpt()
+    ids = micro_ids(3, 5)
+
+    def loss(parameters, row):
+        return functional_call(model, parameters, (row[None],)).square().mean()
+
+    parameters = dict(model.named_parameters())
+    together = vmap(grad(loss), in_dims=(None, 0))(parameters, ids)
+    for i, row in enumerate(ids):
+        alone = torch.autograd.grad(loss(parameters, row), model.ln_f.weight)[0]
+        torch.testing.assert_close(together["ln_f.weight"][i], alone)
+
+
+@pytest.mark.parametrize("changes", [{"clip": 0}, {"accumulate": 0}, {"block_size": 0}])
 def test_settings_of_0_are_refused_with_their_values(changes):
     config = tsld.TrainConfig(**{"batch_size": 2, "block_size": 8} | changes)
-    name = next(iter(changes))
-    with refused(f"{name} 0"):
+    with refused(f"{next(iter(changes))} .*0"):
         next(tsld.train(micro_gpt(), TEXT, config, micro_gpt()))
 
 
@@ -294,6 +374,12 @@ def test_a_negative_place_is_refused():
         micro_gpt().hidden(micro_ids(1, 1), start=-1)
 
 
+@pytest.mark.parametrize("temperature", [-1.0, 1e-40, math.nan])
+def test_a_temperature_that_logits_cannot_be_divided_by_is_refused(temperature):
+    with refused(f"temperature {temperature} "):
+        tsld.sample(randn(1, 5), temperature)
+
+
 # --------------------------------------------------------------------------------------
 # Packing
 
@@ -312,6 +398,11 @@ def test_a_compiled_model_is_saved_as_the_model_it_wraps(tmp_path):
     expected = (tmp_path / "plain").read_bytes()
     assert (tmp_path / "compiled").read_bytes() == expected
 
+    # So is one whose blocks are compiled, each by itself.
+    model.h = nn.ModuleList(torch.compile(block) for block in model.h)
+    tsld.save_model(tmp_path / "compiled", model)
+    assert (tmp_path / "compiled").read_bytes() == expected
+
 
 def test_a_head_of_its_own_is_saved_and_loaded_as_one(tmp_path):
     model = micro_gpt()
@@ -320,3 +411,34 @@ def test_a_head_of_its_own_is_saved_and_loaded_as_one(tmp_path):
     loaded = tsld.load_model(tmp_path / "x")
     assert loaded.lm_head.weight.equal((2 * model.wte.weight).half())
     assert loaded.wte.weight.equal(model.wte.weight.half())
+
+
+def test_a_head_of_its_own_fills_no_model_whose_head_is_tied(tmp_path):
+    model = micro_gpt()
+    model.lm_head.weight = nn.Parameter(model.wte.weight * 2)
+    tsld.save_model(tmp_path / "x", tsld.pack_model(tsld.quantize_model(model)))
+    with pytest.raises(tsld.CheckpointError, match="weight is tied in this model"):
+        tsld.load_model(tmp_path / "x", into=micro_gpt())
+
+
+@pytest.mark.parametrize("into", [None, micro_gpt()], ids=["new", "into"])
+def test_a_model_with_skipped_layers_computes_the_same_once_loaded(into, tmp_path):
+    student = tsld.quantize_model(micro_gpt(), skip=["h.0.mlp.c_fc"])
+    tsld.save_model(tmp_path / "x", tsld.pack_model(student))
+    loaded = tsld.load_model(tmp_path / "x", into)
+    ids = micro_ids(2, 8)
+    torch.testing.assert_close(loaded(ids), student(ids), atol=2e-3, rtol=0)
+
+
+def test_a_file_of_another_model_than_gpt_says_that_it_needs_one(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 4))
+    tsld.save_model(tmp_path / "x", tsld.pack_model(tsld.quantize_model(model)))
+    with pytest.raises(tsld.CheckpointError, match="another model than GPT, .*`into`"):
+        tsld.load_model(tmp_path / "x")
+
+
+def test_a_bias_of_another_length_is_refused():
+    packed = tsld.pack_ternary(torch.ones(2, 4, dtype=torch.int8))
+    for n in (1, 3):
+        with refused(f"{n} biases"):
+            tsld.ternary_matmul(randn(1, 4), packed, torch.ones(1, 1), torch.ones(n))
