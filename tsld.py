@@ -445,8 +445,8 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, cache=None, start=0, trace=None):
-        """x: (B, T, C) -> (B, T, C). trace: a list, which gets the scores (B, H, T, T).
+    def forward(self, x, cache=None, start=0, trace=False):
+        """x: (B, T, C) -> (B, T, C), and the scores (B, H, T, T) if trace, else None.
         cache: (2, B, H, S, C / H), keys and values before `start`, then those of x."""
         T = x.shape[1]
         qkv = self.c_attn(x).unflatten(-1, (3, self.n_head, -1))  # (B, T, 3, H, C / H)
@@ -458,8 +458,9 @@ class Attention(nn.Module):
             cache[..., start : start + T, :] = torch.stack((k, v))
             k, v = cache[..., : start + T, :]
 
-        if trace is not None:
-            trace.append(q @ k.mT / math.sqrt(q.shape[-1]))
+        scores = None
+        if trace:
+            scores = q @ k.mT / math.sqrt(q.shape[-1])
 
         # The fused product. Its backward pass in bfloat16 is slow on CPUs.
         if x.is_cpu and q.element_size() == 2:
@@ -470,7 +471,7 @@ class Attention(nn.Module):
             y = attend(q, k, v, dropout_p=dropout, is_causal=T > 1)  # (B, H, T, C / H)
 
         y = y.to(x.dtype).transpose(1, 2).flatten(2)  # (B, T, C)
-        return F.dropout(self.c_proj(y), dropout)
+        return F.dropout(self.c_proj(y), dropout), scores
 
 
 class Block(nn.Module):
@@ -489,9 +490,10 @@ class Block(nn.Module):
         self.mlp.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
         self.mlp.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, cache=None, start=0, trace=None):
-        x = x + self.attn(self.ln_1(x), cache, start, trace)
-        return x + self.mlp(self.ln_2(x))
+    def forward(self, x, cache=None, start=0, trace=False):
+        y, scores = self.attn(self.ln_1(x), cache, start, trace)
+        x = x + y
+        return x + self.mlp(self.ln_2(x)), scores
 
 
 class Head(nn.Linear):
@@ -539,7 +541,7 @@ class GPT(nn.Module):
         """(B, T) -> (B, T, C), after the last norm. cache: one for each block."""
         x = self.embed(ids, start)
         for i, block in enumerate(self.h):
-            x = block(x, None if cache is None else cache[i], start)
+            x, _ = block(x, None if cache is None else cache[i], start)
         return self.ln_f(x)
 
     def forward(self, ids, trace=False):
@@ -548,9 +550,10 @@ class GPT(nn.Module):
 
         states, scores = [self.embed(ids)], []
         for block in self.h:
-            states.append(block(states[-1], trace=scores))
-        logits = self.lm_head(self.ln_f(states[-1]))
-        return Trace(logits, states, scores)
+            x, of_layer = block(states[-1], trace=True)
+            states.append(x)
+            scores.append(of_layer)
+        return Trace(self.lm_head(self.ln_f(states[-1])), states, scores)
 
     @torch.inference_mode()
     def stream(self, ids, max_new_tokens, temperature=1.0, top_k=None):
@@ -758,8 +761,7 @@ def check_training(student, tokens, config, teacher, block_size):
     if B < 1 or parts < 1 or B % parts:
         raise ValueError(f"no equal parts: batch_size {B}, accumulate {parts}")
     if not 1 <= block_size < len(tokens):
-        sizes = f"block_size {block_size} of {len(tokens)} tokens"
-        raise ValueError(f"a sequence must be shorter than the text, not {sizes}")
+        raise ValueError(f"block_size {block_size} does not fit {len(tokens)} tokens")
 
     # bfloat16 would lose small steps. A shared weight would move the teacher, too.
     frozen = () if teacher is None else teacher.parameters()
@@ -778,8 +780,7 @@ def evaluate(model, tokens, block_size):
     tokens, int64 (n,), are cut into blocks that do not overlap. Each token but the
     first is predicted once, from the 1 to block_size tokens before it in its block."""
     if tokens.dim() != 1 or len(tokens) < 2 or block_size < 1:
-        sizes = f"{tuple(tokens.shape)} in blocks of {block_size}"
-        raise ValueError(f"a text has 2 tokens or more, not {sizes}")
+        raise ValueError(f"no text: {tuple(tokens.shape)} in blocks of {block_size}")
 
     tokens = tokens.to(next(model.parameters(), tokens).device)
 
@@ -811,7 +812,6 @@ def bits_per_byte(nats_per_token, tokens, bytes):
 #
 #     codes                 bits, from the highest on            byte
 #     +1  -1   0  +1        01 00 11 01                          64 + 12 + 1 = 77
-#
 # 768 rows of 3072 codes take 768 · 768 = 589,824 bytes, where FP32 takes 16 times that.
 
 

@@ -54,7 +54,7 @@ def test_error_by_position_is_relative_squared_error_at_each_token():
         outputs = []
         for model, of_model in zip((student, teacher), states):
             block = model.h[i]
-            y = block.attn(block.ln_1(of_model[i]))
+            y, _ = block.attn(block.ln_1(of_model[i]))
             outputs.append(y)
 
         layers.append(relative_error(*outputs))

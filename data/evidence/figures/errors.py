@@ -116,7 +116,8 @@ def outputs_of(model, ids):
     caught = []
 
     def catch(module, inputs, output):
-        caught.append(output)
+        y, _ = output  # without the scores
+        caught.append(y)
 
     hooks = [block.attn.register_forward_hook(catch) for block in model.h]
     logits = model(ids)
