@@ -6,14 +6,14 @@ Every check raises ValueError that names one cause; UserError where it is the co
 
 import copy
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import nn
 
 import tsld
 from data.lib.devices import check_memory
-from data.lib.errors import UserError
+from data.lib.errors import UserError, reason_of
 from tsld import QuantLinear
 
 # The share of a student's matrix weights that may stay as they were. Convolutions and
@@ -25,10 +25,11 @@ LARGEST_EXACT_SHARE = 0.05
 # A model as it was loaded
 
 
-def check_loaded(model, info):
+def check_loaded(model, info, stored):
     """Raises ValueError if the weights in a model's files are not those of the model:
     whatever is missing would be random numbers. info: transformers' loading info, from
-    which transformers has taken what is tied, or what the model says is not needed."""
+    which transformers has taken what is tied, or what the model says is not needed.
+    stored: the tensors in the files."""
     unexpected = [x for x in info["unexpected_keys"] if not is_computed(x, model)]
 
     faults = []
@@ -44,9 +45,34 @@ def check_loaded(model, info):
         shapes = f"of shape {in_file}, where the model's is {in_model}"
         faults.append(f"have {first_of(names)} {shapes}")
 
+    # transformers would take the whole numbers of a code for the weights.
+    names = [name for name in sorted(stored) if name.endswith("weight")]
+    codes = [name for name in names if not stored[name].is_floating_point()]
+    if codes:
+        faults.append(f"have {first_of(codes)} in {stored[codes[0]].dtype}")
+
     if faults:
         message = "; ".join(f"they {fault}" for fault in faults)
         raise ValueError(f"its weights are not those of its config.json: {message}")
+
+
+def compared(model, stored):
+    """The loading info of tensors that transformers could not load, by their names in
+    the files. model: as its config.json makes it, on the meta device."""
+    tied = getattr(model, "all_tied_weights_keys", {})
+    written = model.state_dict()
+    with suppress(ImportError):  # which transformers before 5 wrote as they are
+        from transformers.core_model_loading import revert_weight_conversion
+
+        written = revert_weight_conversion(model, written)
+
+    both = written.keys() & stored.keys()
+    shapes = [(name, stored[name].shape, written[name].shape) for name in both]
+    return {
+        "missing_keys": written.keys() - both - tied.keys(),
+        "unexpected_keys": stored.keys() - both,
+        "mismatched_keys": [s for s in shapes if s[1] != s[2]],
+    }
 
 
 def is_computed(name, model):
@@ -64,12 +90,14 @@ def first_of(names):
     return f"{names[0]}{more}"
 
 
-def check_float32(model):
-    """Raises ValueError if a parameter is not float32. Steps that are small beside a
-    weight are lost in fewer digits."""
+def check_numbers(model):
+    """Raises ValueError if a parameter is not float32, or not finite. Steps that are
+    small beside a weight are lost in fewer digits."""
     for name, parameter in model.named_parameters():
         if parameter.dtype != torch.float32:
             raise ValueError(f"{name} is {parameter.dtype}, and not torch.float32")
+        if not parameter.isfinite().all():
+            raise ValueError(f"{name} is not all finite")
 
 
 # --------------------------------------------------------------------------------------
@@ -109,6 +137,8 @@ def check_causal(model):
         )
     if not logits.isfinite().all():
         raise ValueError("its logits are not all finite")
+    if ids.shape[1] == 1:  # there is no earlier one
+        return
 
     ids[0, -1] = (ids[0, -1] + 1) % vocab_size
     change = (model(ids) - logits)[:, :-1].abs().max().item()
@@ -127,9 +157,8 @@ def check_length(model, length, dtype=torch.float32):
         with torch.autocast(ids.device.type, dtype, enabled=is_mixed):
             model(ids)
     except Exception as error:  # of any type: an index, a shape, a limit of its own
-        reason = str(error).strip() or type(error).__name__
-        message = f"it does not take {length} tokens in {dtype}"
-        raise ValueError(f"{message}: {reason.splitlines()[0]}") from None
+        message = f"it does not take {length} tokens in {dtype}: {reason_of(error)}"
+        raise ValueError(message) from None
 
 
 @torch.no_grad()
@@ -186,6 +215,9 @@ def is_hidden_times_weight(model, weight, factor):
     finally:
         weight.div_(factor)
 
+    if not expected.isfinite().all():
+        size = f"with a head {factor:,} times as large"
+        raise ValueError(f"its logits are not all finite {size}")
     if expected.shape != logits.shape:
         return False
     tolerance = 1e-5 * expected.abs().max().item()

@@ -16,6 +16,7 @@ import json
 import math
 import os
 import socket
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from torch import nn
 
 import tsld
 from data.lib import checks
-from data.lib.errors import UserError, is_out_of_memory
+from data.lib.errors import UserError, is_out_of_memory, reason_of
 from data.lib.exports import export_folder, is_of_disk
 from data.lib.linear import is_conv1d, keep_exact, layers_that_are_read, linear_layers
 from data.lib.published import check_fits, dequantized_state, save_gpt2
@@ -261,22 +262,24 @@ def load_model(name_or_folder, attentions=False):
     transformers.logging.disable_progress_bar()
 
     # Without a network a model that was downloaded before still loads.
-    is_folder = Path(name).is_dir()
-    is_local = is_folder or not can_reach("huggingface.co")
+    path = Path(name)
+    is_path = path.exists() or path.is_absolute() or len(path.parts) > 2
+    is_local = is_path or not can_reach("huggingface.co")
     options = {"local_files_only": is_local, "trust_remote_code": False}
 
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
-        model = adapted(load_inner(name, attentions, options))
-        output = model.traced(checks.random_ids(model)) if attentions else None
+        with warnings.catch_warnings(action="ignore"):
+            if is_path:
+                check_folder(path)
+            model = adapted(load_inner(name, attentions, options))
+            output = model.traced(checks.random_ids(model)) if attentions else None
+            with naming("its tokenizer"):
+                tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
     except Exception as error:  # of any type: a folder can make it trip over anything
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        message = f"{name}: {reason}"
-        if is_local and not is_folder:
-            message = (
-                f"{name} (offline): {reason.rstrip('.')}: go online once, or name "
-            )
-            message += "the folder of a copy with --model"
+        message = f"{name}: {reason_of(error)}"
+        if is_local and not is_path:
+            remedy = "go online once, or name the folder of a copy with --model"
+            message = f"{name} (offline): {reason_of(error).rstrip('.')}: {remedy}"
         raise UserError(message) from None
 
     if attentions and not attentions_of(output):
@@ -284,22 +287,120 @@ def load_model(name_or_folder, attentions=False):
     return model, TransformersTokenizer(name, tokenizer, model.config.vocab_size)
 
 
+def check_folder(folder):
+    """Raises ValueError if a path is of no folder, or of one that holds an adapter, no
+    config.json, or other JSON than objects."""
+    if not folder.is_dir():
+        raise ValueError("it is no folder")
+    if (folder / "adapter_config.json").exists():
+        remedy = "merge it into its model first"
+        raise ValueError(f"it holds an adapter, adapter_config.json: {remedy}")
+    if not (folder / "config.json").is_file():
+        raise ValueError("it holds no config.json")
+
+    for path in [*folder.glob("*config.json"), *folder.glob("tokenizer.json")]:
+        with naming(f"its {path.name}"):
+            if path.is_file() and not isinstance(json.loads(path.read_bytes()), dict):
+                raise ValueError("it is no JSON object")
+
+
 def load_inner(name, attentions, options):
-    """The model of transformers alone. Raises ValueError if weights are missing, left
-    over, of another shape, or not in float32."""
+    """The model of transformers alone. Raises ValueError if its config.json makes no
+    model, or weights are missing, left over, of another shape or type, or not finite.
+    """
     from transformers import AutoModelForCausalLM
 
-    options = options | {"dtype": torch.float32}
-    if attentions:
-        options["attn_implementation"] = "eager"
+    folder, empty = empty_model(name, options)
+    check_size(empty, stored_tensors(folder))
 
-    # Of what does not fit transformers gives a list.
-    inner, info = AutoModelForCausalLM.from_pretrained(
-        name, output_loading_info=True, ignore_mismatched_sizes=True, **options
-    )
-    checks.check_loaded(inner, info)
-    checks.check_float32(inner)
+    changes = {"dtype": torch.float32, "ignore_mismatched_sizes": True}
+    if attentions:
+        changes["attn_implementation"] = "eager"
+
+    # Of what does not fit transformers gives a list, but where it trips over it.
+    try:
+        inner, info = AutoModelForCausalLM.from_pretrained(
+            name, output_loading_info=True, **changes, **options
+        )
+    except (OSError, ImportError):  # which names a file, or a package
+        raise
+    except Exception:
+        stored = stored_tensors(folder)
+        checks.check_loaded(empty, checks.compared(empty, stored), stored)
+        raise  # for another reason
+
+    checks.check_loaded(inner, info, stored_tensors(folder))
+    checks.check_numbers(inner)
     return inner
+
+
+def empty_model(name, options):
+    """The folder of a model's config.json, which may be a download, and what it makes:
+    a model of transformers on the meta device. Raises ValueError if that is none."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import cached_file
+
+    is_local = options["local_files_only"]
+    folder = Path(cached_file(name, "config.json", local_files_only=is_local)).parent
+    with naming("its config.json"), torch.device("meta"):
+        config = AutoConfig.from_pretrained(name, **options)
+        return folder, AutoModelForCausalLM.from_config(config)
+
+
+def check_size(model, stored):
+    """Raises ValueError if tensors in files have less than half of the numbers of their
+    model: transformers would make the others up, for which there may be no memory."""
+    found = sum(tensor.numel() for tensor in stored.values())
+    needed = sum(parameter.numel() for parameter in model.parameters())
+    is_quantized = hasattr(model.config, "quantization_config")
+    if stored and not is_quantized and 2 * found < needed:
+        checks.check_loaded(model, checks.compared(model, stored), stored)
+
+
+def stored_tensors(folder):
+    """Name to tensor of the weights that transformers finds in a folder, on the meta
+    device. Raises ValueError if a file is not whole, or two hold the same tensor."""
+    from transformers.modeling_utils import load_state_dict
+
+    stored = {}
+    for path in weight_files(folder):
+        try:
+            tensors = load_state_dict(str(path), map_location="meta")
+            tensors = {str(name): tensors[name].to("meta") for name in tensors}
+        except Exception:  # of any type: the file can be anything
+            what = "not whole, or not of tensors alone" if path.exists() else "missing"
+            raise ValueError(f"its {path.name} is {what}") from None
+
+        twice = sorted(stored.keys() & tensors.keys())
+        if twice:
+            raise ValueError(f"{path.name} holds {twice[0]}, as another file does")
+        stored |= tensors
+    return stored
+
+
+def weight_files(folder):
+    """The files that transformers reads the weights of a folder from, if it has any."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            return [folder / name]
+        if index.is_file():
+            with naming(f"its {index.name}"):
+                shards = json.loads(index.read_text("utf-8"))["weight_map"].values()
+                return [folder / shard for shard in sorted(set(shards))]
+    return []
+
+
+@contextmanager
+def naming(what):
+    """Makes a ValueError of one line, which begins with `what`, of any error inside but
+    the disk's and that of too little memory: transformers trips over anything."""
+    try:
+        yield
+    except Exception as error:
+        if is_of_disk(error) or is_out_of_memory(error):
+            raise
+        raise ValueError(f"{what}: {reason_of(error)}") from None
 
 
 def can_reach(host):
@@ -332,25 +433,11 @@ def export(student, tokenizer, folder, dtype=torch.float32):
         if isinstance(student, GPT):
             save_gpt2(student, new, dtype, getattr(tokenizer, "end_of_text", None))
         else:
-            with saving(student.config.architecture):
+            with naming(f"{student.config.architecture} cannot be exported"):
                 save_causal(student, new, dtype)
 
-        with saving("the tokenizer"):
+        with naming("the tokenizer cannot be exported"):
             save_tokenizer(tokenizer, new)
-
-
-@contextmanager
-def saving(what):
-    """Makes a ValueError of one line of any error inside but the disk's and that of too
-    little memory: no two classes of transformers are saved alike."""
-    try:
-        yield
-    except Exception as error:
-        if is_of_disk(error) or is_out_of_memory(error):
-            raise
-        reason = str(error).strip() or type(error).__name__
-        message = f"{what} cannot be exported: {reason.splitlines()[0]}"
-        raise ValueError(message) from None
 
 
 def save_causal(student, folder, dtype):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import tiktoken
 
-from data.lib.errors import UserError
+from data.lib.errors import UserError, reason_of
 
 # What tiktoken's patterns call white space. A run of so much of it is long.
 SPACE = "[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
@@ -68,7 +68,11 @@ class TransformersTokenizer:
         a special token that stands in the text is text, as tiktoken has it. Raises
         UserError if the model has no embedding of one of them."""
         options = {"add_special_tokens": False, "split_special_tokens": True}
-        ids = self.wrapped(text, **options)["input_ids"]
+        try:
+            ids = self.wrapped(text, **options)["input_ids"]
+        except Exception as error:  # of any type: some are an Exception and no more
+            message = f"the tokenizer of {self.name} fails: {reason_of(error)}"
+            raise UserError(message) from None
 
         largest = max(ids, default=0)
         if largest >= self.vocab_size:
@@ -90,7 +94,7 @@ class TransformersTokenizer:
         """How many bytes of a text the first `count` of its ids stand for. A text need
         not come back from its tokens as it was, so these are not decoded, unless the
         tokenizer cannot say where in the text they stand."""
-        if count == 0:
+        if not ids[:count]:
             return 0
         if not getattr(self.wrapped, "is_fast", False):
             return min(len(self.decode(ids[:count]).encode()), len(text.encode()))

@@ -144,6 +144,274 @@ def test_weights_that_do_not_all_load_are_refused_by_name(damage, folder):
     assert "\n" not in message
 
 
+@pytest.fixture
+def experts(tmp_path):
+    """A mixture of experts, which transformers reads from a matrix for each expert."""
+    path = tmp_path / "mixtral"
+    helpers.save_tokenizer_of_bytes(path)
+    build("MixtralForCausalLM", num_local_experts=2).save_pretrained(path)
+    return path
+
+
+OTHER_WEIGHTS = "its weights are not those of its config.json: they "
+EXPERT = "model.layers.1.block_sparse_moe.experts.1.w1.weight"
+
+
+def put(name, tensor):
+    """A change of weights: one of them, or one more."""
+    return lambda weights: weights.update({name: tensor})
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda weights: weights.pop(EXPERT), f"lack {EXPERT}"),
+        (
+            put(EXPERT, torch.ones(24, 17)),
+            f"have {EXPERT} of shape (24, 17), where the model's is (24, 16)",
+        ),
+        (put(EXPERT, torch.ones(24)), f"have {EXPERT} of shape (24,), where"),
+        (put(EXPERT, torch.ones(24, 16).char()), f"have {EXPERT} in torch.int8"),
+    ],
+)
+def test_one_of_several_tensors_that_make_a_parameter_is_named(change, words, experts):
+    assert hf.load_model(experts)[0].config.architecture == "MixtralForCausalLM"
+    rewrite(experts, change)
+    assert refusal_of(experts).startswith(OTHER_WEIGHTS + words)
+
+
+def refusal_of(folder):
+    """The line that refuses a folder, without its name."""
+    with pytest.raises(UserError) as refusal:
+        hf.load_model(folder)
+    message = str(refusal.value)
+    assert message.startswith(f"{folder}: ")
+    assert "\n" not in message
+    return message.removeprefix(f"{folder}: ")
+
+
+def set_one(value):
+    """A change of the embedding of a token that no check reads."""
+    return lambda weights: weights["model.embed_tokens.weight"][7].fill_(value)
+
+
+def round_all(weights):
+    for name, tensor in weights.items():
+        weights[name] = tensor.long()
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (set_one(math.nan), "model.embed_tokens.weight is not all finite"),
+        (set_one(math.inf), "model.embed_tokens.weight is not all finite"),
+        (
+            lambda weights: weights["lm_head.weight"].mul_(1e38),
+            "its logits are not all finite",
+        ),
+        (round_all, f"{OTHER_WEIGHTS}have lm_head.weight and 20 more in torch.int64"),
+        (
+            put("model.norm.weight", torch.ones(0)),
+            f"{OTHER_WEIGHTS}have model.norm.weight of shape (0,), where the model's",
+        ),
+        (dict.clear, f"{OTHER_WEIGHTS}lack lm_head.weight and 20 more"),
+    ],
+)
+def test_weights_that_are_no_numbers_for_the_model_are_refused(change, words, folder):
+    rewrite(folder, change)
+    assert refusal_of(folder).startswith(words)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"vocab_size": "256"}, "TypeError: "),
+        (
+            {"intermediate_size": -1},
+            "Trying to create tensor with negative dimension -1",
+        ),
+        ({"hidden_act": "unknown"}, "KeyError: 'unknown'"),
+        (
+            {"model_type": "qwen3", "layer_types": ["full_attention"]},
+            "`num_hidden_layers` (2) must be equal to the number of ",
+        ),
+    ],
+)
+def test_a_setting_that_makes_no_model_is_named_with_its_value(changes, words, folder):
+    configure(folder, **changes)
+    message = refusal_of(folder)
+    assert message.startswith("its config.json: ")
+    assert words in message
+
+
+@pytest.mark.parametrize("name", ["vocab_size", "intermediate_size", "head_dim"])
+def test_a_size_beyond_any_memory_is_compared_before_anything_is_made_of_it(
+    name, folder
+):
+    configure(folder, **{name: 10**12})
+    assert "where the model's is (" in refusal_of(folder)
+
+
+def shards(folder, change=None):
+    """Splits the weights into two files, with an index that `change` makes another."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    path = folder / "model.safetensors"
+    weights = safetensors.load_file(path)
+    path.unlink()
+    place = {name: f"model-{'norm' in name}.safetensors" for name in weights}
+    for file in {*place.values()}:
+        part = {name: weights[name] for name in weights if place[name] == file}
+        safetensors.save_file(part, folder / file, metadata={"format": "pt"})
+
+    index = {"metadata": {}, "weight_map": place}
+    if change is not None:
+        index = change(index)
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def a_file_cut(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    return "its model.safetensors is not whole, or not of tensors alone"
+
+
+def a_file_of_code(folder):
+    (folder / "model.safetensors").unlink()
+    torch.save({"x": helpers.Payload()}, folder / "pytorch_model.bin")
+    return "its pytorch_model.bin is not whole, or not of tensors alone"
+
+
+def a_shard_cut(folder):
+    shards(folder)
+    file = folder / "model-True.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    return "its model-True.safetensors is not whole, or not of tensors alone"
+
+
+def no_shard(folder):
+    shards(folder)
+    (folder / "model-True.safetensors").unlink()
+    return "its model-True.safetensors is missing"
+
+
+def a_tensor_in_two_shards(folder):
+    shards(folder)
+    rewritten = folder / "model-True.safetensors"
+    rewritten.rename(folder / "model.safetensors")
+    rewrite(folder, lambda weights: weights.update({"lm_head.weight": torch.ones(1)}))
+    (folder / "model.safetensors").rename(rewritten)
+    return "model-True.safetensors holds lm_head.weight, as another file does"
+
+
+def an_index_that_is_a_list(folder):
+    shards(folder, lambda index: [index])
+    return "its model.safetensors.index.json: TypeError: list indices must be integers"
+
+
+def an_index_without_a_map(folder):
+    shards(folder, lambda index: {"metadata": {}})
+    return "its model.safetensors.index.json: KeyError: 'weight_map'"
+
+
+def no_weights(folder):
+    (folder / "model.safetensors").unlink()
+    return "Error no file named model.safetensors"
+
+
+def nothing(folder):
+    for file in folder.iterdir():
+        file.unlink()
+    return "it holds no config.json"
+
+
+def a_list(folder):
+    (folder / "config.json").write_text("[1]")
+    return "its config.json: it is no JSON object"
+
+
+def half_an_object(folder):
+    (folder / "generation_config.json").write_text("{")
+    return "its generation_config.json: Expecting property name enclosed in double"
+
+
+def no_tokenizer(folder):
+    (folder / "tokenizer.json").unlink()
+    return "its tokenizer: "
+
+
+def an_adapter(folder):
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    return "it holds an adapter, adapter_config.json: merge it into its model first"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        a_file_cut,
+        a_file_of_code,
+        a_shard_cut,
+        no_shard,
+        a_tensor_in_two_shards,
+        an_index_that_is_a_list,
+        an_index_without_a_map,
+        no_weights,
+        nothing,
+        a_list,
+        half_an_object,
+        no_tokenizer,
+        an_adapter,
+    ],
+)
+def test_a_file_that_is_missing_or_damaged_is_named(damage, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    words = damage(folder)
+    assert refusal_of(folder).startswith(words)
+    assert not (folder / "executed").exists()
+
+
+def test_weights_in_two_files_load(folder):
+    whole, _ = hf.load_model(folder)
+    shards(folder)
+    model, _ = hf.load_model(folder)
+    expected = whole.state_dict()
+    found = model.state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_file_or_nothing_in_place_of_a_folder_is_refused(tmp_path):
+    pytest.importorskip("transformers")
+    (tmp_path / "file").write_text("{}")
+    for name in ("file", "nothing", "deep/below/nothing"):
+        with pytest.raises(UserError, match=f"/{name}: it is no folder$"):
+            hf.load_model(tmp_path / name)
+
+
+def test_what_transformers_warns_of_is_not_beside_the_line_that_refuses(
+    folder, tmp_path, capsys
+):
+    configure(folder, vocab_size=0)  # of which torch warns
+    assert "where the model's is (0, 16)" in refused_run(folder, tmp_path, capsys)
+
+
+def test_a_tokenizer_that_makes_nothing_of_a_text_is_refused(folder, tmp_path, capsys):
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["vocab"] = {}
+    path.write_text(json.dumps(content))
+    words = "the train text is too short: 0 tokens"
+    assert words in refused_run(folder, tmp_path, capsys)
+
+
+def test_a_tokenizer_that_fails_is_refused_in_a_line():
+    def fail(*_, **options):
+        raise Exception("no token\nfor this")  # a type that tokenizers raises
+
+    fail.eos_token_id = 0
+    tokenizer = TransformersTokenizer("x", fail, 256)
+    with pytest.raises(UserError, match="^the tokenizer of x fails: no token$"):
+        tokenizer.encode_ordinary("text")
+
+
 def test_weights_that_are_tied_or_that_the_model_says_it_ignores_may_be_missing(folder):
     tied = build("LlamaForCausalLM", tie_word_embeddings=True)
     tied.save_pretrained(folder)
@@ -183,7 +451,7 @@ def test_weights_in_half_precision_become_float32_and_others_are_refused(folder)
     model.inner.model.norm.half()
     words = "inner.model.norm.weight is torch.float16, and not torch.float32"
     with pytest.raises(ValueError, match=words):
-        checks.check_float32(model)
+        checks.check_numbers(model)
 
 
 def test_no_code_in_a_folder_is_run(folder, monkeypatch):
@@ -262,6 +530,12 @@ def test_a_thousandth_of_the_future_is_seen():
     checks.check_causal(Seer(0.0))
     with pytest.raises(ValueError, match="earlier logits change by 0.00"):
         checks.check_causal(Seer(1e-3))
+
+
+def test_a_model_of_one_token_sees_no_future():
+    model = Seer(1.0)
+    model.config = SimpleNamespace(block_size=1, vocab_size=17)
+    checks.check_causal(model)
 
 
 @pytest.mark.parametrize(

@@ -1193,8 +1193,8 @@ def test_what_cannot_be_loaded_is_one_line_that_names_it(folder, monkeypatch):
     assert str(refusal.value).endswith(f": {remedy}")
 
     speechless = mock.Mock(side_effect=AssertionError)
-    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", speechless)
-    with pytest.raises(UserError, match=f"^{folder}: AssertionError$"):
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", speechless)
+    with pytest.raises(UserError, match=f"^{folder}: its config.json: AssertionError$"):
         hf.load_model(folder)
 
 
