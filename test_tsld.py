@@ -1429,7 +1429,7 @@ def test_a_run_says_what_follows_and_shows_texts_and_weights(one, all_losses):
     for words in (
         "model: 36,336 parameters, 1 layers x 16, 8% of them in matrices",
         "The ternary matrices take 768 bytes, 16 times less than in FP32.",
-        "This student is better than its teacher. It sees labels as well",
+        "On the validation text the student's perplexity is lower than its teacher's",
         "How much TSLD (τ = 20) lets each token count, on average 1: 'id' ",
         "The validation text begins: valid the quick brown fo",
         *(f"{name} goes on:" for name in ("teacher", "rounded", "tsld")),

@@ -31,11 +31,19 @@ def speed_up(model):
         if type(layer) is GPT:
             layer.__class__ = FastGPT  # it has the same parts
         if type(layer) is PackedLinear and FastLinear.fits(layer) and name:
+            if is_watched(layer):
+                continue
             if layer not in faster:
                 faster[layer] = FastLinear(layer)
             model.set_submodule(name, faster[layer])
 
     return model
+
+
+def is_watched(module):
+    """Whether a call does more than its class says: by a hook, or its own forward."""
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return bool(hooks) or "forward" in vars(module)
 
 
 class FastGPT(GPT):
@@ -97,7 +105,7 @@ class FastGPT(GPT):
     def fields(self):
         """What fast.c reads of it, in the order of its struct gpt. None if some part is
         not what it was written for, or is watched by a hook."""
-        if any(m._forward_hooks or m._forward_pre_hooks for m in self.modules()):
+        if any(is_watched(module) for module in self.modules()):
             return None
 
         layers = [self.ln_f]

@@ -111,9 +111,7 @@ def print_lessons(results, sizes):
         f"than in FP32. The other {rest:,} are mostly the embedding, in float16."
     )
     if len(results) == 1:
-        for lesson in lesson_of_better(results[0]):
-            claim = "This student is better than its teacher. It sees labels as well. "
-            lines.append(f"{claim if sees_labels(results[0]) else ''}{lesson}")
+        lines += lesson_of_better(results[0])
     lines += lessons_of_pairs(results)
 
     print()

@@ -643,13 +643,29 @@ def use_other_layer(model):
     assert type(layer) is FastLinear
 
 
+def patch(model):
+    gelu = model.h[0].mlp.gelu
+    gelu.forward = lambda x: 2 * torch.relu(x)
+
+
 CHANGES = {
+    "a forward of its own": patch,
     "float32": lambda model: model.float(),
     "bfloat16": lambda model: model.bfloat16(),
     "a hook": watch,
     "another norm": norm_otherwise,
     "another layer": use_other_layer,
 }
+
+
+def test_a_packed_layer_with_a_hook_keeps_it(tmp_path, compiled):
+    model = loaded_gpt(tmp_path)[0]
+    model.h[0].mlp.c_fc.register_forward_hook(lambda module, inputs, y: 10 * y)
+    ids = micro_ids(1, 3)
+    expected = model(ids)
+    found = fast.speed_up(model)(ids)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert type(model.h[0].mlp.c_proj) is FastLinear
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)

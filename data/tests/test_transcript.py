@@ -169,7 +169,7 @@ def test_a_tasks_table_says_which_examples_it_is_of_and_what_chance_scores(
 
 SIZES = {"bytes_fp32": 5_873_664, "linear_bytes_fp32": 4_718_592}
 SIZES |= {"bytes_packed": 922_967, "linear_bytes_packed": 294_912}
-BETTER = "This student is better than its teacher. It sees labels as well"
+BETTER = "the student's perplexity is lower than its teacher's"
 
 
 def result(loss, student=50.0, gt_weight=None, teacher=55.0):
@@ -220,7 +220,6 @@ def test_a_perplexity_below_the_teachers_may_be_chance_or_due_to_labels(
     assert (lower in text) == is_lower
     assert ("chance" in text) == is_lower
     is_explained = is_lower and sees_labels
-    assert (BETTER in text) == is_explained
     assert (
         "also learned from the true tokens of its teacher's text" in text
     ) == is_explained
