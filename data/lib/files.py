@@ -32,11 +32,14 @@ def write_checked(path, content):
 
 
 def save_packed(path, model):
-    """tsld.save_model with a checksum. Raises ValueError as it does, and OSError as
-    write_checked does."""
+    """tsld.save_model with a checksum, and with what `made_with` says. Raises
+    ValueError as it does, and OSError as write_checked does."""
     with replacing(path) as temporary:
         try:
             tsld.save_model(temporary, model)
+            if made_with(model):
+                content = torch.load(temporary, weights_only=True)
+                torch.save(content | made_with(model), temporary)
         except RuntimeError as error:
             # torch opens the file itself here, and does not pass on what failed.
             if is_out_of_memory(error):
@@ -45,6 +48,13 @@ def save_packed(path, model):
             raise OSError(errno.EIO, reason) from None
 
         append_checksum(temporary)
+
+
+def made_with(model):
+    """What a file of a student says about it beside its model: the fingerprint of the
+    tokenizer that its ids are of, where that came with the model."""
+    found = getattr(model, "tokenizer_fingerprint", None)
+    return {} if found is None else {"tokenizer": found}
 
 
 def append_checksum(path):

@@ -284,7 +284,9 @@ def load_model(name_or_folder, attentions=False):
 
     if attentions and not attentions_of(output):
         raise UserError(f"{name}: L2L compares attentions, and this model has none")
-    return model, TransformersTokenizer(name, tokenizer, model.config.vocab_size)
+    tokenizer = TransformersTokenizer(name, tokenizer, model.config.vocab_size)
+    model.tokenizer_fingerprint = tokenizer.fingerprint()
+    return model, tokenizer
 
 
 def check_folder(folder):

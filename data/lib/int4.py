@@ -55,7 +55,7 @@ def save_int4(path, model):
 
     config = tsld.config_of(model)
     content = {"format": FORMAT, "config": config, "tensors": tensors}
-    files.write_checked(path, content)
+    files.write_checked(path, content | files.made_with(model))
 
 
 def quantized(name, layer):

@@ -45,6 +45,15 @@ def load_weights(path, into=None):
         words = difference("configuration", config, config_of(into))
         raise CheckpointError(f"{path} is of another model: its {words}")
 
+    # Files of earlier versions of this program say nothing about that.
+    made_with = content.get("tokenizer") if is_dict else None
+    wanted = getattr(into, "tokenizer_fingerprint", made_with)
+    if made_with is not None and made_with != wanted:
+        words = f"{made_with!s:.16}, not {wanted}"
+        raise CheckpointError(
+            f"{path} is of another tokenizer: its fingerprint is {words}"
+        )
+
     if is_dict and content.get("format") == int4.FORMAT:
         return int4.load_int4(path, content, into)
     return files.load_packed(path, into)

@@ -1,6 +1,7 @@
 """Tokenizers of tiktoken and of transformers with the same methods. Those of tiktoken
 go out as transformers reads them."""
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -48,7 +49,7 @@ class TransformersTokenizer:
 
     name: what it was loaded from. wrapped: the tokenizer itself. vocab_size: the tokens
     that its model has an embedding of. end_of_text: the token that ends a text, where
-    there is none a sentence, or that of a zero byte; None without any of these.
+    there is none a sentence; None without one.
     """
 
     def __init__(self, name, tokenizer, vocab_size):
@@ -56,23 +57,41 @@ class TransformersTokenizer:
         self.wrapped = tokenizer
         self.vocab_size = vocab_size
 
-        self.end_of_text = tokenizer.eos_token_id
-        if self.end_of_text is None:
-            self.end_of_text = getattr(tokenizer, "sep_token_id", None)
-        if self.end_of_text is None:
-            zero_byte = self.encode_ordinary("\0")
-            self.end_of_text = zero_byte[-1] if zero_byte else None
+        self.end_of_text = None
+        for end in (tokenizer.eos_token_id, getattr(tokenizer, "sep_token_id", None)):
+            is_known = end is not None and end < vocab_size
+            if is_known and self.end_of_text is None:
+                self.end_of_text = end
 
-    def encode_ordinary(self, text):
-        """The text's ids, a list, without a token for its beginning or end. The name of
-        a special token that stands in the text is text, as tiktoken has it. Raises
-        UserError if the model has no embedding of one of them."""
-        options = {"add_special_tokens": False, "split_special_tokens": True}
+    def fingerprint(self):
+        """16 hexadecimal digits that stand for its tokens, for the order in which they
+        are merged, and for what it makes of a text: of the one that they all are."""
+        tokens = sorted(self.wrapped.get_vocab().items(), key=lambda item: item[::-1])
+        ids = self.encode(self.decode([id for _, id in tokens]))["input_ids"]
+
+        merges = []
+        if self.wrapped.is_fast:
+            model = json.loads(self.wrapped.backend_tokenizer.to_str())["model"]
+            pairs = model.get("merges", [])  # "a b" in some versions, in others a list
+            merges = [p if isinstance(p, str) else " ".join(p) for p in pairs]
+        content = json.dumps([tokens, merges, ids])
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    def encode(self, text, **options):
+        """What the wrapped tokenizer makes of a text, to which it adds no token. The
+        name of a special token that stands in the text is text, as tiktoken has it.
+        Raises UserError if it fails."""
+        options |= {"add_special_tokens": False, "split_special_tokens": True}
         try:
-            ids = self.wrapped(text, **options)["input_ids"]
+            return self.wrapped(text, **options)
         except Exception as error:  # of any type: some are an Exception and no more
             message = f"the tokenizer of {self.name} fails: {reason_of(error)}"
             raise UserError(message) from None
+
+    def encode_ordinary(self, text):
+        """The text's ids, a list, without a token for its beginning or end. Raises
+        UserError if the model has no embedding of one of them."""
+        ids = self.encode(text)["input_ids"]
 
         largest = max(ids, default=0)
         if largest >= self.vocab_size:
@@ -99,10 +118,8 @@ class TransformersTokenizer:
         if not getattr(self.wrapped, "is_fast", False):
             return min(len(self.decode(ids[:count]).encode()), len(text.encode()))
 
-        encoded = self.wrapped(
-            text, add_special_tokens=False, return_offsets_mapping=True
-        )
-        end = encoded["offset_mapping"][count - 1][1]
+        places = self.encode(text, return_offsets_mapping=True)["offset_mapping"]
+        end = places[count - 1][1]
         return len(text[:end].encode())
 
 
@@ -113,6 +130,8 @@ def save_tokenizer(tokenizer, folder):
     tokenizer.json and tokenizer_config.json.
     """
     if isinstance(tokenizer, TransformersTokenizer):
+        for name in ("is_local", "local_files_only"):  # of how it was loaded here
+            tokenizer.wrapped.init_kwargs.pop(name, None)
         tokenizer.wrapped.save_pretrained(folder)
         return
 

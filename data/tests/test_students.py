@@ -1,6 +1,7 @@
 """data/lib/students.py: a packed student writes text, and other programs open it."""
 
 import copy
+import json
 import math
 import os
 from types import SimpleNamespace
@@ -311,6 +312,44 @@ def test_a_student_of_model_is_refused_without_it_and_with_another(
     flags = ["--generate", str(packed), "--model", str(teacher), "--device", "cpu"]
     words = f"{packed} is of another model: its architecture is None, not Llama"
     refused(flags, capsys, words)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_a_student_of_another_tokenizer_is_refused(bits, teacher, capsys, tmp_path):
+    model, _ = hf.load_model(teacher)
+    path = tmp_path / "student.packed"
+    scores.pack(tsld.quantize_model(model, bits), path)
+    flags = ["--model", str(teacher), "--device", "cpu"]
+    before = run(["--generate", str(path), *flags], capsys)
+
+    # As earlier versions of this program wrote it, with no word of a tokenizer.
+    content = torch.load(path, weights_only=True)
+    assert len(content.pop("tokenizer")) == 16
+    old = tmp_path / "old.packed"
+    files.write_checked(old, content)
+    assert run(["--generate", str(old), *flags], capsys) == before
+
+    file = teacher / "tokenizer.json"
+    saved = json.loads(file.read_text())
+    vocabulary = saved["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    file.write_text(json.dumps(saved))
+
+    words = f"{path} is of another tokenizer: its fingerprint is "
+    refused(["--generate", str(path), *flags], capsys, words)
+    export = ["--export", str(path), str(tmp_path / "new"), "--model", str(teacher)]
+    refused(export, capsys, words)
+    assert not (tmp_path / "new").exists()
+    run(["--generate", str(old), *flags], capsys)
+
+
+def test_a_file_that_names_a_tokenizer_is_opened_without_it(teacher, tmp_path):
+    model, _ = hf.load_model(teacher)
+    student = tsld.pack_model(tsld.quantize_model(model))
+    files.save_packed(tmp_path / "student.packed", student)
+    again = tsld.load_model(tmp_path / "student.packed", hf.load_model(teacher)[0])
+    ids = torch.arange(20)[None]
+    torch.testing.assert_close(again(ids), student(ids), rtol=0, atol=1e-2)
 
 
 def test_a_model_without_a_limit_writes_so_many_tokens(small_vocabulary, capsys):

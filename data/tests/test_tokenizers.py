@@ -2,7 +2,6 @@
 
 import json
 import re
-from types import SimpleNamespace
 
 import pytest
 import tiktoken
@@ -187,14 +186,84 @@ def test_transformers_reads_a_saved_tokenizer_as_the_same(small_vocabulary, tmp_
 
 
 def test_a_tokenizer_of_transformers_goes_out_as_it_came_in(tmp_path):
-    saved_to = []
-    original = SimpleNamespace(eos_token_id=0, save_pretrained=saved_to.append)
-    save_tokenizer(TransformersTokenizer("name", original, 9), tmp_path)
-    assert saved_to == [tmp_path]
+    """transformers says in its file what it did not read there, but not how it did."""
+    tokenizer = loaded(save_bytes(tmp_path / "in"))
+    save_tokenizer(tokenizer, tmp_path / "out")
+    assert loaded(tmp_path / "out").fingerprint() == tokenizer.fingerprint()
+
+    before = read(tmp_path / "in", "tokenizer_config.json")
+    after = read(tmp_path / "out", "tokenizer_config.json")
+    changed = {name for name in after if before.get(name) != after[name]}
+    assert changed <= {"backend", "model_max_length", "tokenizer_class"}
 
 
 # --------------------------------------------------------------------------------------
 # In
+
+
+def save_bytes(folder, change=None):
+    """Saves a tokenizer of bytes, words in it joined from the left, whose file `change`
+    makes another one. Its settings are no more than its class."""
+    folder.mkdir(exist_ok=True)
+    save_tokenizer(with_end_of_text(), folder)
+    content = read(folder, "tokenizer.json")
+    if change is not None:
+        change(content)
+    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    return folder
+
+
+def loaded(folder):
+    """A tokenizer of a folder as the command loads it."""
+    transformers = pytest.importorskip("transformers")
+    options = {"local_files_only": True, "trust_remote_code": False}
+    found = transformers.AutoTokenizer.from_pretrained(folder, **options)
+    return TransformersTokenizer(str(folder), found, 260)
+
+
+def swap_ids(content):
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+
+
+def swap_merges(content):
+    content["model"]["merges"] = ["b c", "a bc", "a b"]
+
+
+def lower(content):
+    content["normalizer"] = {"type": "Lowercase"}
+
+
+def drop_blanks(content):
+    content["pre_tokenizer"] = {"type": "Whitespace"}
+
+
+def rename_the_end(content):
+    content["added_tokens"][0]["content"] = "<end>"
+
+
+CHANGES = [swap_ids, swap_merges, lower, drop_blanks, rename_the_end]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_tokenizer_that_makes_other_tokens_has_another_fingerprint(change, tmp_path):
+    original = loaded(save_bytes(tmp_path / "original"))
+    again = loaded(save_bytes(tmp_path / "again"))
+    again.encode_ordinary(TEXT)
+    assert re.fullmatch("[0-9a-f]{16}", original.fingerprint())
+    assert again.fingerprint() == original.fingerprint()
+
+    other = loaded(save_bytes(tmp_path / "other", change))
+    assert other.fingerprint() != original.fingerprint()
+
+
+def test_the_bytes_of_a_text_with_the_name_of_a_special_token_are_counted(tmp_path):
+    tokenizer = loaded(save_bytes(tmp_path))
+    text = "<|endoftext|> caf\u00e9"
+    ids = tokenizer.encode_ordinary(text)
+    sizes = [tokenizer.size_before(text, ids, n) for n in range(len(ids) + 1)]
+    assert sizes[:15] == [*range(15)]  # a byte is a token
+    assert sizes[-1] == len(text.encode())
 
 
 class Letters:
@@ -214,13 +283,6 @@ class Letters:
         return text.replace(" !", "!") if clean_up_tokenization_spaces else text
 
 
-class Deaf(Letters):
-    """It makes no token of anything."""
-
-    def __call__(self, text, add_special_tokens=True, split_special_tokens=False):
-        return {"input_ids": []}
-
-
 def test_a_tokenizer_of_transformers_has_tiktokens_methods():
     tokenizer = TransformersTokenizer("owner/name", Letters(eos_token_id=7), 0x2000)
     assert tokenizer.name == "owner/name"
@@ -236,18 +298,24 @@ def test_where_a_tokenizer_does_not_say_where_its_tokens_stand_they_are_decoded(
     assert sizes == [0, 2, 3, 4]
 
 
-def test_the_end_of_text_is_the_tokenizers_own_or_that_of_a_sentence_or_a_zero_byte():
+def test_the_end_of_text_is_the_tokenizers_own_or_that_of_a_sentence():
     assert TransformersTokenizer("name", Letters(eos_token_id=7), 300).end_of_text == 7
     assert TransformersTokenizer("name", Letters(eos_token_id=0), 300).end_of_text == 0
-    assert TransformersTokenizer("name", Letters(), 300).end_of_text == 0
 
     of_sentences = Letters()
     of_sentences.sep_token_id = 5
     assert TransformersTokenizer("name", of_sentences, 300).end_of_text == 5
 
-    tokenizer = TransformersTokenizer("a/b", Deaf(), 300)
+    of_sentences.eos_token_id = 300  # which the model does not know
+    assert TransformersTokenizer("name", of_sentences, 300).end_of_text == 5
+
+
+@pytest.mark.parametrize("pieces", ["Metaspace", "Whitespace"])
+def test_a_tokenizer_without_an_end_of_text_has_none(pieces):
+    """To one of these a zero byte is a blank, to the other an unknown word."""
+    tokenizer = wrapped(["a", "\u2581"], pre_tokenizer=pieces)
     assert tokenizer.end_of_text is None
-    with pytest.raises(UserError, match="of a/b has no token that ends a text"):
+    with pytest.raises(UserError, match="of name has no token that ends a text"):
         training_text(tokenizer, [])
 
 
