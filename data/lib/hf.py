@@ -274,7 +274,11 @@ def load_model(name_or_folder, attentions=False):
             model = adapted(load_inner(name, attentions, options))
             output = model.traced(checks.random_ids(model)) if attentions else None
             with naming("its tokenizer"):
-                tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
+                wrapped = transformers.AutoTokenizer.from_pretrained(name, **options)
+                tokenizer = TransformersTokenizer(
+                    name, wrapped, model.config.vocab_size
+                )
+                model.tokenizer_fingerprint = tokenizer.fingerprint()
     except Exception as error:  # of any type: a folder can make it trip over anything
         message = f"{name}: {reason_of(error)}"
         if is_local and not is_path:
@@ -284,14 +288,12 @@ def load_model(name_or_folder, attentions=False):
 
     if attentions and not attentions_of(output):
         raise UserError(f"{name}: L2L compares attentions, and this model has none")
-    tokenizer = TransformersTokenizer(name, tokenizer, model.config.vocab_size)
-    model.tokenizer_fingerprint = tokenizer.fingerprint()
     return model, tokenizer
 
 
 def check_folder(folder):
     """Raises ValueError if a path is of no folder, or of one that holds an adapter, no
-    config.json, or other JSON than objects."""
+    config.json, other JSON than objects, or a setting of another type than we use."""
     if not folder.is_dir():
         raise ValueError("it is no folder")
     if (folder / "adapter_config.json").exists():
@@ -302,8 +304,22 @@ def check_folder(folder):
 
     for path in [*folder.glob("*config.json"), *folder.glob("tokenizer.json")]:
         with naming(f"its {path.name}"):
-            if path.is_file() and not isinstance(json.loads(path.read_bytes()), dict):
+            settings = json.loads(path.read_bytes()) if path.is_file() else {}
+            if not isinstance(settings, dict):
                 raise ValueError("it is no JSON object")
+            check_types(settings)
+
+
+def check_types(settings):
+    """Raises ValueError if one that transformers does not look at has another type."""
+    length = settings.get("model_max_length")
+    if length is not None and type(length) not in (int, float):
+        raise ValueError(f"model_max_length is {length!r}, and no number")
+
+    ends = settings.get("eos_token_id")
+    ids = ends if isinstance(ends, list) else [ends]
+    if ends is not None and any(type(id) is not int for id in ids):
+        raise ValueError(f"eos_token_id is {ends!r}, and no token id or list of them")
 
 
 def load_inner(name, attentions, options):

@@ -14,6 +14,10 @@ from data.lib.errors import UserError, reason_of
 SPACE = "[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
 LONG_RUN = re.compile(f"(?<!{SPACE}){SPACE}{{10000,}}")
 
+# Adds no token to a text. The name of a special token that stands in it is text, as
+# tiktoken has it.
+TEXT_ALONE = {"add_special_tokens": False, "split_special_tokens": True}
+
 
 class BytePairTokenizer(tiktoken.Encoding):
     """A tokenizer of tiktoken that takes any text, and a token that ends one."""
@@ -67,7 +71,8 @@ class TransformersTokenizer:
         """16 hexadecimal digits that stand for its tokens, for the order in which they
         are merged, and for what it makes of a text: of the one that they all are."""
         tokens = sorted(self.wrapped.get_vocab().items(), key=lambda item: item[::-1])
-        ids = self.encode(self.decode([id for _, id in tokens]))["input_ids"]
+        text = self.decode([id for _, id in tokens])
+        ids = self.wrapped(text, **TEXT_ALONE)["input_ids"]
 
         merges = []
         if self.wrapped.is_fast:
@@ -78,12 +83,9 @@ class TransformersTokenizer:
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def encode(self, text, **options):
-        """What the wrapped tokenizer makes of a text, to which it adds no token. The
-        name of a special token that stands in the text is text, as tiktoken has it.
-        Raises UserError if it fails."""
-        options |= {"add_special_tokens": False, "split_special_tokens": True}
+        """What the wrapped tokenizer makes of a text. Raises UserError if it fails."""
         try:
-            return self.wrapped(text, **options)
+            return self.wrapped(text, **TEXT_ALONE, **options)
         except Exception as error:  # of any type: some are an Exception and no more
             message = f"the tokenizer of {self.name} fails: {reason_of(error)}"
             raise UserError(message) from None

@@ -334,6 +334,27 @@ def half_an_object(folder):
     return "its generation_config.json: Expecting property name enclosed in double"
 
 
+def a_length_of(value):
+    def change(folder):
+        path = folder / "tokenizer_config.json"
+        settings = json.loads(path.read_text()) | {"model_max_length": value}
+        path.write_text(json.dumps(settings))
+        line = f"model_max_length is {value!r}, and no number"
+        return f"its tokenizer_config.json: {line}"
+
+    return change
+
+
+def ends_of(value, name="generation_config.json"):
+    def change(folder):
+        path = folder / name
+        settings = json.loads(path.read_text()) | {"eos_token_id": value}
+        path.write_text(json.dumps(settings))
+        return f"its {name}: eos_token_id is {value!r}, and no token id or list of them"
+
+    return change
+
+
 def no_tokenizer(folder):
     (folder / "tokenizer.json").unlink()
     return "its tokenizer: "
@@ -358,6 +379,9 @@ def an_adapter(folder):
         nothing,
         a_list,
         half_an_object,
+        *map(a_length_of, ["", "512", [], {}, True]),
+        *map(ends_of, [2.5, "5", True, {}, [5, "x"], [[5]]]),
+        ends_of("5", "config.json"),
         no_tokenizer,
         an_adapter,
     ],

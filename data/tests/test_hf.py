@@ -1162,8 +1162,9 @@ def test_a_folder_gives_a_model_and_its_tokenizer(folder):
 
 def test_a_token_that_the_model_has_no_embedding_of_is_refused(folder):
     family("OPTForCausalLM", vocab_size=100).save_pretrained(folder)
+    _, tokenizer = hf.load_model(folder)
     with pytest.raises(UserError, match=f"the tokenizer of {folder} makes token "):
-        hf.load_model(folder)
+        tokenizer.encode_ordinary(WORDS)
 
 
 def test_a_model_without_attentions_is_refused_where_they_are_asked_for(folder):
