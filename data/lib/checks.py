@@ -123,6 +123,32 @@ def in_mode(training, model):
             model.eval()
 
 
+@contextmanager
+def other_numbers(model):
+    """The model inside with random numbers in its head, and in all its norms, biases
+    and factors; afterwards with its own again. A head of zeros, or a factor that is
+    still 1, would hide what is done with it."""
+    head = getattr(model.lm_head, "weight", None)
+    rng = torch.Generator(next(model.parameters()).device).manual_seed(0)
+
+    own = []
+    for parameter in model.parameters():
+        is_vector = parameter.numel() == max(parameter.shape, default=1)
+        if parameter is not head and not is_vector:
+            continue
+
+        own.append((parameter, parameter.detach().clone()))
+        if parameter is head:
+            parameter.data.normal_(generator=rng)
+        else:
+            parameter.data.uniform_(0.5, 1.5, generator=rng)
+    try:
+        yield
+    finally:
+        for parameter, numbers in own:
+            parameter.data.copy_(numbers)
+
+
 @torch.no_grad()
 def check_causal(model):
     """Raises ValueError if the model does not give a logit for each token that it can
@@ -176,7 +202,7 @@ def runs_in(dtype, model):
 def logits_are_hidden_times_head(model):
     """Whether model(ids) is model.hidden(ids) @ model.lm_head.weight.T and nothing
     more, in training too. A soft cap shows at large logits alone, dropout in training
-    alone, and a bias or a factor that is still at its start in the parameters alone.
+    alone, and a product with matrices of zeros in the parameters alone.
     """
     head = model.lm_head
     weight = getattr(head, "weight", None)
@@ -189,36 +215,30 @@ def logits_are_hidden_times_head(model):
     if any(id(parameter) not in inside for parameter in model.inner.parameters()):
         return False
 
-    for training, factor in ((False, 1), (False, 2**12), (True, 1)):
-        with in_mode(training, model):
-            if not is_hidden_times_weight(model, weight, factor):
-                return False
+    with other_numbers(model):
+        for training, factor in ((False, 1), (True, 1), (False, 2**12)):
+            weight.mul_(factor)
+            with in_mode(training, model):
+                if not is_hidden_times_weight(model, weight):
+                    return False
     return True
 
 
-def is_hidden_times_weight(model, weight, factor):
-    """The same for a few tokens in the model's present mode, its head multiplied by a
-    power of 2, which a division takes back exactly."""
+def is_hidden_times_weight(model, weight):
+    """The same for a few tokens, in the model's present mode and with its numbers."""
     ids = random_ids(model)
-    weight.mul_(factor)
-    try:
-        # Both passes draw the same dropout.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            hidden = model.hidden(ids)
-            torch.manual_seed(0)
-            logits = model(ids)
 
-        if hidden.dim() != 3 or hidden.shape[-1] != weight.shape[1]:
-            return False
-        expected = hidden @ weight.t()
-    finally:
-        weight.div_(factor)
+    # Both passes draw the same dropout.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        hidden = model.hidden(ids)
+        torch.manual_seed(0)
+        logits = model(ids)
 
-    if not expected.isfinite().all():
-        size = f"with a head {factor:,} times as large"
-        raise ValueError(f"its logits are not all finite {size}")
-    if expected.shape != logits.shape:
+    if hidden.dim() != 3 or hidden.shape[-1] != weight.shape[1]:
+        return False
+    expected = hidden @ weight.t()
+    if expected.shape != logits.shape or not expected.isfinite().all():
         return False
     tolerance = 1e-5 * expected.abs().max().item()
     return torch.allclose(logits, expected, rtol=0, atol=tolerance)

@@ -207,6 +207,8 @@ def adapted(inner):
 
     model = LinearHeadModel(inner).eval()
     checks.check_causal(model)
+    with checks.other_numbers(model):
+        checks.check_causal(model)
     keep_exact(layers_that_are_read(model).values())
     if not checks.logits_are_hidden_times_head(model):
         model = CausalModel(inner).eval()

@@ -843,6 +843,21 @@ def capped_far_above_its_logits(inner):
     inner.out.register_forward_hook(lambda *step: 5e3 * torch.tanh(step[-1] / 5e3))
 
 
+def with_a_head_of_zeros(inner):
+    nn.init.zeros_(inner.out.weight)
+    scaled(inner)
+
+
+def with_a_norm_of_zeros(inner):
+    nn.init.zeros_(inner.base_model.gpt.ln_f.weight)
+    scaled(inner)
+
+
+def with_a_factor_inside_that_is_1(inner):
+    inner.base_model.factor = nn.Parameter(torch.ones(1, 1))
+    inner.out.register_forward_hook(lambda *step: inner.base_model.factor * step[-1])
+
+
 def with_a_bias_elsewhere(inner):
     inner.bias = nn.Parameter(torch.zeros(17))
     inner.out.register_forward_hook(lambda *step: step[-1] + inner.bias)
@@ -862,6 +877,9 @@ def with_dropout_before_the_head(inner):
         scaled_where_a_padding_token_has_no_hidden,
         of_another_width,
         capped_far_above_its_logits,
+        with_a_head_of_zeros,
+        with_a_norm_of_zeros,
+        with_a_factor_inside_that_is_1,
         with_a_bias_elsewhere,
         with_dropout_before_the_head,
     ],
@@ -869,10 +887,23 @@ def with_dropout_before_the_head(inner):
 def test_logits_that_are_more_than_hidden_times_head_have_no_hidden(change):
     inner = StandIn()
     change(inner)
+    before = copy.deepcopy(hf.linear_layers(inner).state_dict())
     model = hf.adapted(inner)
     assert not hasattr(model, "hidden")
+    assert all(torch.equal(inner.state_dict()[name], before[name]) for name in before)
     assert model(micro_ids()).shape == (2, 8, 17)
     assert not model.training
+
+
+def test_a_model_with_a_head_of_zeros_that_sees_the_future_is_refused():
+    inner = StandIn()
+    nn.init.zeros_(inner.out.weight)
+    assert hasattr(hf.adapted(inner), "hidden")
+
+    inner.out.register_forward_pre_hook(lambda _, x: x[0] + x[0].sum(1, keepdim=True))
+    with pytest.raises(ValueError, match="it is no causal language model"):
+        hf.adapted(inner)
+    assert not inner.out.weight.any()
 
 
 def test_a_model_that_names_no_head_is_refused():
