@@ -100,6 +100,20 @@ def check_numbers(model):
             raise ValueError(f"{name} is not all finite")
 
 
+def check_tied(model):
+    """Raises ValueError if a model of transformers has two weights where its settings
+    make them one, as it does if its files hold both. Other programs make them one."""
+    if not hasattr(model, "get_expanded_tied_weights_keys"):  # before transformers 5
+        return
+
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    tied = model.get_expanded_tied_weights_keys(all_submodels=True)
+    for name, other in tied.items():
+        if weights.get(name) is not weights.get(other):
+            words = f"its settings make one weight of {name} and {other}, which differ"
+            raise ValueError(f"{words}: set tie_word_embeddings to false")
+
+
 # --------------------------------------------------------------------------------------
 # What it computes
 

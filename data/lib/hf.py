@@ -129,7 +129,8 @@ class CausalModel(nn.Module):
         """The hidden states of a Trace are n_layer + 1 of (B, T, C), the last one after
         the final norm. Its attention_scores, (B, H, T, T), are the probabilities that
         transformers gives, and not scores before the softmax. Raises ValueError if the
-        model gives no attentions."""
+        model gives no attentions, or ids are no tokens of it."""
+        tsld.check_ids(ids, self.config.vocab_size)
         if not trace:
             return self.inner(ids, **self.without_cache).logits
 
@@ -161,6 +162,7 @@ class CausalModel(nn.Module):
         if T == 0 or max_new_tokens < 0 or T + max_new_tokens > block_size:
             sizes = f"a prompt of {T} tokens and {max_new_tokens} new ones"
             raise ValueError(f"{sizes} are not 1 to {block_size} tokens")
+        tsld.check_ids(ids, self.config.vocab_size)
 
         with tsld.evaluating(self):
             cache = None
@@ -193,17 +195,19 @@ class LinearHeadModel(CausalModel):
 
     def hidden(self, ids):
         """ids (B, T) -> (B, T, C), after the last norm: logits = hidden @ head.T."""
+        tsld.check_ids(ids, self.config.vocab_size)
         return self.inner.base_model(ids, **self.without_cache)[0]
 
 
 def adapted(inner):
     """A model of transformers as a CausalModel, in eval mode, of which it becomes a
     part; a LinearHeadModel where it can be one. Layers that it does not simply call
-    stay in full precision. Raises ValueError if it is no causal language model, or has
-    no head that is known."""
+    stay in full precision. Raises ValueError if it is no causal language model, has no
+    head that is known, or layers or weights that are not what its settings say."""
     if inner.get_output_embeddings() is None:
         words = "does not say which layer makes its logits, to be spared"
         raise ValueError(f"{type(inner).__name__} {words}")
+    checks.check_tied(inner)
 
     model = LinearHeadModel(inner).eval()
     checks.check_causal(model)

@@ -445,6 +445,23 @@ def test_weights_that_are_tied_or_that_the_model_says_it_ignores_may_be_missing(
     assert torch.equal(model.lm_head.weight, tied.lm_head.weight)
 
 
+def test_two_weights_that_the_config_makes_one_are_refused_where_they_differ(folder):
+    configure(folder, tie_word_embeddings=True)
+    with pytest.raises(UserError) as refusal:
+        hf.load_model(folder)
+    message = str(refusal.value)
+    assert message.startswith(f"{folder}: its settings make one weight of lm_head.weig")
+    assert " model.embed_tokens.weight, " in message
+    assert "tie_word_embeddings" in message and "\n" not in message
+
+    def make_one(weights):
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+
+    rewrite(folder, make_one)
+    model, _ = hf.load_model(folder)
+    assert model.lm_head.weight is model.inner.model.embed_tokens.weight
+
+
 @pytest.mark.parametrize("prefix", ["transformer.", ""])
 def test_the_masks_in_older_files_of_gpt2_are_nothing_unexpected(prefix, folder):
     gpt2 = build("GPT2LMHeadModel", n_positions=64, n_head=2, n_inner=24)

@@ -814,16 +814,46 @@ def test_a_generation_that_does_not_fit_the_block_is_refused(prompt, new):
     assert model.generate(micro_ids(T=3), 0).shape == (2, 3)
 
 
+def scaled(inner):
+    inner.out.register_forward_hook(lambda *step: step[-1] / 2)
+
+
+@pytest.mark.parametrize("wrong", [-1, 17, 2**40])
+@pytest.mark.parametrize("change", [None, scaled])
+def test_tokens_outside_the_vocabulary_are_refused_with_their_values(change, wrong):
+    inner = StandIn()
+    if change is not None:
+        change(inner)
+
+    # As other programs, which do not look at ids.
+    gpt = inner.base_model.gpt
+    gpt.embed = lambda ids, start=0: gpt.wte(ids) + gpt.wpe.weight[: ids.shape[1]]
+    model = hf.adapted(inner)
+    ids = micro_ids(T=4)
+    ids[1, 2] = wrong
+    low, high = ids.min().item(), ids.max().item()
+
+    ways = [
+        model,
+        lambda ids: model(ids, trace=True),
+        lambda ids: model.generate(ids, 1),
+    ]
+    ways += [model.hidden] if change is None else []
+    ways += [lambda ids: tsld.evaluate(model, ids.flatten(), 4)]
+    for way in ways:
+        words = f"token ids are int64, 0 to 16, not {low} to {high} in torch.int64"
+        with pytest.raises(ValueError, match=words):
+            way(ids)
+    with pytest.raises(ValueError, match="0 to 16, not .* in torch.int32"):
+        model(micro_ids().int())
+
+
 def biased(inner):
     inner.out.bias = nn.Parameter(torch.zeros(17))  # it is 0, but could be trained
 
 
 def capped(inner):
     inner.out.register_forward_hook(lambda *step: 30 * torch.tanh(step[-1] / 30))
-
-
-def scaled(inner):
-    inner.out.register_forward_hook(lambda *step: step[-1] / 2)
 
 
 def scaled_where_a_padding_token_has_no_hidden(inner):
