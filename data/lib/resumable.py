@@ -14,6 +14,7 @@ import tsld
 from data.lib import lean
 from data.lib.checkpoints import architecture, load_checkpoint, save_checkpoint
 from data.lib.files import fingerprint, read_checked
+from data.lib.hf import CausalModel
 from data.lib.processes import any_process, blocks_of, processes, shared, spread
 from data.lib.progress import TrainingStopped, show_progress, stop_on_signal, time_left
 
@@ -155,6 +156,11 @@ def choose_backward(student, teacher, config):
     """The one that needs less memory, if the loss and the models let it be used."""
     models = [student] if teacher is None else [student, teacher]
     is_lean = all(lean.takes(model) for model in models)
+
+    # Of a forward pass of another class nobody knows what it does with its head.
+    known = (tsld.GPT.forward, CausalModel.forward)
+    forwards = [getattr(model.forward, "__func__", None) for model in models]
+    is_lean &= all(forward in known for forward in forwards)
 
     if config.loss not in lean.LEAN_LOSSES or not is_lean:
         return tsld.backward

@@ -106,7 +106,17 @@ def test_a_model_whose_logits_are_not_hidden_times_head_takes_the_losses_of_logi
         config = replace(BRIEF, loss=loss)
         return resumable.choose_backward(student, teacher, config)
 
-    gpt = micro_gpt()
+    class Scaled(tsld.GPT):
+        def forward(self, ids, trace=False):
+            return super().forward(ids) / 3
+
+    gpt, scaled = micro_gpt(), Scaled(micro_gpt().config)
+    assert chosen(scaled, gpt, "tsld") is tsld.backward
+    assert chosen(gpt, scaled, "tsld") is tsld.backward
+    scaled.__class__ = tsld.GPT
+    assert chosen(gpt, scaled, "tsld") is lean.backward
+    scaled.forward = lambda ids: tsld.GPT.forward(scaled, ids) / 3
+    assert chosen(gpt, scaled, "tsld") is tsld.backward
     assert chosen(gpt, gpt, "tsld") is lean.backward
     assert chosen(gpt, None, "gt") is lean.backward
     assert chosen(gpt, gpt, "l2l") is tsld.backward
