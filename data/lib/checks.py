@@ -143,7 +143,7 @@ def other_numbers(model):
     and factors; afterwards with its own again. A head of zeros, or a factor that is
     still 1, would hide what is done with it."""
     head = getattr(model.lm_head, "weight", None)
-    rng = torch.Generator(next(model.parameters()).device).manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
 
     own = []
     for parameter in model.parameters():
@@ -152,10 +152,10 @@ def other_numbers(model):
             continue
 
         own.append((parameter, parameter.detach().clone()))
-        if parameter is head:
-            parameter.data.normal_(generator=rng)
-        else:
-            parameter.data.uniform_(0.5, 1.5, generator=rng)
+        numbers = torch.randn(parameter.shape, generator=rng)
+        if is_vector:
+            numbers = 0.5 + numbers.abs()  # a factor may have to be positive
+        parameter.data.copy_(numbers)
     try:
         yield
     finally:

@@ -172,9 +172,7 @@ def published_config(tensors, config_path):
     for name, value in expected.items():
         found = settings.get(name)
         if found is not None and found != value:
-            raise ValueError(
-                f"{name} is {found!r}, and a GPT of these tensors has {value!r}"
-            )
+            raise ValueError(f"{name} is {found!r}, and a GPT here has {value!r}")
 
     return GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd)
 
