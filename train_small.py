@@ -294,7 +294,7 @@ def frozen_teacher(setup, teacher, scores):
         is_same = math.isclose(rounded, exact, rel_tol=5e-4)
         frozen = half if is_same else teacher
         stored = "bfloat16" if is_same else "float32; in bfloat16"
-        figures = f"perplexity {rounded:.2f}, in float32 {exact:.2f}"
+        figures = f"perplexity {rounded:.4g}, in float32 {exact:.4g}"
         print(f"teacher for distillation: {stored} ({figures})", flush=True)
 
     frozen.fingerprint = fingerprint(numbers_of(teacher))  # for students' checkpoints

@@ -165,9 +165,10 @@ def other_numbers(model):
 
 @torch.no_grad()
 def check_causal(model):
-    """Raises ValueError if the model does not give a logit for each token that it can
-    read, or if earlier logits change with the last token: it sees the future."""
+    """Raises ValueError if the model does not take tokens alone, does not give a logit
+    for each token that it can read, or if earlier logits change with the last token: it sees the future."""
     ids = random_ids(model)
+    check_length(model, ids.shape[1])
     logits = model(ids)
     vocab_size = model.config.vocab_size
     if logits.shape[:-1] != ids.shape or logits.shape[-1] < vocab_size:
@@ -310,7 +311,11 @@ def check_student(student, setup):
     try:
         check_length(student, config.block_size, getattr(torch, config.dtype))
     except ValueError as error:
-        raise UserError(f"--model {name}: {error}") from None
+        remedy = ""
+        with suppress(ValueError):
+            check_length(student, config.block_size, torch.float32)
+            remedy = ": take --dtype float32"
+        raise UserError(f"--model {name}: {error}{remedy}") from None
 
     names, share = exact_matrices(student)
     if not names:

@@ -44,7 +44,7 @@ def load_published(name, model):
     downloaded once. The model may have fewer positions.
 
     Raises UserError if the weights are not to be had or their SHA-256 is another, and
-    CheckpointError if the model has another shape.
+    CheckpointError if the file is damaged or the model has another shape.
     """
     path = DATA / "weights" / f"{name}.bin"
     url = (
@@ -56,12 +56,16 @@ def load_published(name, model):
         message = f"{error}, or use --init scratch"
         raise UserError(message) from None
 
-    weights = load_gpt2(path).state_dict()
-    weights["wpe.weight"] = weights["wpe.weight"][: model.config.block_size]
+    remedy = "delete it, and it is downloaded again"
     try:
+        weights = load_gpt2(path).state_dict()
+        weights["wpe.weight"] = weights["wpe.weight"][: model.config.block_size]
         model.load_state_dict(weights)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}: {remedy}") from None
     except RuntimeError:
-        raise CheckpointError(f"{path} is another model than {name}") from None
+        message = f"{path} is another model than {name}: {remedy}"
+        raise CheckpointError(message) from None
 
 
 def load_gpt2(path):

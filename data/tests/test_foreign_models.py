@@ -691,6 +691,28 @@ def test_a_model_that_does_not_take_its_block_is_refused():
         checks.check_student(student, setup_of(block_size=9, dtype="bfloat16"))
 
 
+def fail_in_less_than_float32(model, ids):
+    if torch.is_autocast_enabled("cpu"):
+        raise RuntimeError("Index put requires dtypes that match")
+
+
+def test_a_model_that_takes_its_block_in_float32_alone_is_refused_with_this_remedy():
+    student = tsld.quantize_model(micro_gpt())
+    student.register_forward_pre_hook(fail_in_less_than_float32)
+    words = "in torch.bfloat16: Index put requires dtypes that match: take --dtype flo"
+    with pytest.raises(UserError, match=words):
+        checks.check_student(student, setup_of(block_size=8, dtype="bfloat16"))
+    checks.check_student(student, setup_of(block_size=8, dtype="float32"))
+
+
+def test_a_model_that_takes_more_than_tokens_is_refused_for_that():
+    model = Seer(0.0)
+    model.wte.forward = lambda ids: ids.float() @ torch.ones(5, 5)
+    words = "it does not take 8 tokens in torch.float32: mat1 and mat2 shapes cannot"
+    with pytest.raises(ValueError, match=f"^{words}"):
+        checks.check_causal(model)
+
+
 def with_a_hook(layer):
     layer.register_forward_hook(lambda *step: 100 * step[-1])
 

@@ -261,6 +261,12 @@ def test_published_weights_are_downloaded_and_cut_to_the_models_positions(
     with pytest.raises(UserError, match="does not match its SHA-256"):
         published.load_published("gpt2", model)
 
+    # Of the larger ones no SHA-256 is known.
+    (tmp_path / "weights" / "gpt2-medium.bin").write_bytes(b"altered")
+    words = "gpt2-medium.bin is truncated.*: delete it, and it is downloaded again$"
+    with pytest.raises(tsld.CheckpointError, match=words):
+        published.load_published("gpt2-medium", model)
+
 
 def test_published_weights_that_cannot_be_had_are_one_line_with_a_remedy(
     tmp_path, monkeypatch, no_network

@@ -401,6 +401,11 @@ def test_students_learn_from_a_bfloat16_teacher_where_it_is_as_good_to_three_dig
     dtypes = [teacher.wte.weight.dtype for teacher in teachers]
     assert dtypes == [torch.bfloat16, torch.float32, torch.float32]
 
+    # Of a teacher that is worse than any chance.
+    monkeypatch.setattr(tsld, "evaluate", lambda *others: 338.0)
+    printed = run(in_bfloat16, capsys)
+    assert "bfloat16 (perplexity 6.188e+146, in float32 6.188e+146)" in printed
+
 
 # --------------------------------------------------------------------------------------
 # 4. Interruptions
