@@ -166,7 +166,8 @@ def other_numbers(model):
 @torch.no_grad()
 def check_causal(model):
     """Raises ValueError if the model does not take tokens alone, does not give a logit
-    for each token that it can read, or if earlier logits change with the last token: it sees the future."""
+    for each of those that it can read, or sees the future: if earlier logits change
+    with the last token."""
     ids = random_ids(model)
     check_length(model, ids.shape[1])
     logits = model(ids)
