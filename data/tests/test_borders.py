@@ -3,6 +3,7 @@ that are not what they seem, and what is given back as it was found."""
 
 import copy
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -70,6 +71,23 @@ def test_padding_takes_no_share_of_the_token_scale():
         torch.testing.assert_close(scale.sum(dim=1), torch.tensor([1.0, 1.0, 0.0]))
         assert (scale[0, 4:] == 0).all()
         assert (scale[0, :4] > 0).all()
+
+
+@pytest.mark.parametrize("name", tsld.LOSSES)
+def test_what_stands_at_the_places_of_padding_does_not_matter(name):
+    """Tokens at the end, which no counted place sees."""
+    student = tsld.quantize_model(micro_gpt())
+    config = tsld.TrainConfig(loss=name)
+    targets = micro_ids(2, 8, seed=1)
+    targets[:, 5:] = PADDING
+
+    losses = []
+    for seed in (2, 3):
+        ids = micro_ids(2, 8)
+        ids[:, 5:] = micro_ids(2, 3, seed=seed)
+        loss = tsld.training_loss(student, micro_gpt(4), ids, targets, config)
+        losses.append(loss.item())
+    assert math.isclose(*losses, rel_tol=1e-6)
 
 
 def test_one_token_that_counts_has_the_whole_weight():
@@ -430,8 +448,15 @@ def test_a_model_with_skipped_layers_computes_the_same_once_loaded(into, tmp_pat
     torch.testing.assert_close(loaded(ids), student(ids), atol=2e-3, rtol=0)
 
 
-def test_a_file_of_another_model_than_gpt_says_that_it_needs_one(tmp_path):
+@dataclass
+class OtherConfig:
+    width: int = 4
+
+
+@pytest.mark.parametrize("config", [None, OtherConfig()])
+def test_a_file_of_another_model_than_gpt_says_that_it_needs_one(config, tmp_path):
     model = nn.Sequential(nn.Linear(4, 4))
+    model.config = config
     tsld.save_model(tmp_path / "x", tsld.pack_model(tsld.quantize_model(model)))
     with pytest.raises(tsld.CheckpointError, match="another model than GPT, .*`into`"):
         tsld.load_model(tmp_path / "x")
