@@ -146,17 +146,17 @@ def other_numbers(model):
     rng = torch.Generator().manual_seed(0)
 
     own = []
-    for parameter in model.parameters():
-        is_vector = parameter.numel() == max(parameter.shape, default=1)
-        if parameter is not head and not is_vector:
-            continue
-
-        own.append((parameter, parameter.detach().clone()))
-        numbers = torch.randn(parameter.shape, generator=rng)
-        if is_vector:
-            numbers = 0.5 + numbers.abs()  # a factor may have to be positive
-        parameter.data.copy_(numbers)
     try:
+        for parameter in model.parameters():
+            is_vector = parameter.numel() == max(parameter.shape, default=1)
+            if parameter is not head and not is_vector:
+                continue
+
+            own.append((parameter, parameter.detach().clone()))
+            numbers = torch.randn(parameter.shape, generator=rng)
+            if is_vector:
+                numbers = 0.5 + numbers.abs()  # a factor may have to be positive
+            parameter.data.copy_(numbers)
         yield
     finally:
         for parameter, numbers in own:
