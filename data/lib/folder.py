@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import stat
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,111 +31,54 @@ def check_folder(path):
 @contextmanager
 def hold(folder):
     """Keeps other runs, which would write the same files, out of the folder. The first
-    of several processes does it for all. Raises UserError if another run holds it.
-    Windows and some file systems have no such locks: none is held there."""
-    path = Path(folder) / ".lock"
-    is_first = processes()[0] == 0
-    file = locked(path) if is_first else None
-    if file is None:
+    of several processes does it for all. Raises UserError if another run holds it."""
+    if processes()[0] > 0:
         yield
         return
 
-    # The lock ends with this process, however it ends. Its number is for others. If
-    # somebody removes the file, the folder's own lock holds, on one machine at least.
-    with file:
-        file.write(str(os.getpid()))
-        file.flush()
+    # The folder's own lock holds whatever is removed in it. On a network file system it
+    # holds for one machine, and only the lock of a file for all of them.
+    file = Path(folder) / ".lock"
+    with alone_in(folder) as is_alone, alone_in(file):
+        if is_alone:
+            remove_leftovers(folder)
+        else:
+            print(f"--out {folder}: there are no locks, start no second run in it")
 
         try:
-            with alone_in(folder):
-                remove_leftovers(folder)
-                yield
+            yield
         finally:
-            if is_at(path, file):  # and no other run's, if somebody removed ours
-                path.unlink()
+            if file.is_file() and file.stat().st_size == 0:  # and nobody's notes
+                file.unlink()
 
 
 @contextmanager
-def alone_in(folder):
-    """Keeps other processes of this machine that ask for it out of a folder, and yields
-    whether it does: not where there are no locks. Raises UserError if one is there."""
+def alone_in(path):
+    """Keeps other processes that ask for it out of a folder, or from a file, which is
+    made if it is missing and never written, until this process ends, however it ends.
+    Raises UserError if one is there. Yields whether it does: Windows and some file
+    systems have no such locks."""
     if fcntl is None:
         yield False
         return
 
-    descriptor = os.open(folder, os.O_RDONLY)
+    flags = os.O_RDONLY
+    if not os.path.isdir(path):
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+
+    file = os.open(path, flags, 0o666)
     is_alone = True
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            message = f"folder {folder} is in use by another process: name another"
+            message = f"{path} is in use by another process: name another folder"
             raise UserError(message) from None
-        except OSError:  # a network file system, for example
+        except OSError:
             is_alone = False
         yield is_alone
     finally:
-        os.close(descriptor)
-
-
-def locked(path):
-    """The file of a lock, open, empty and locked, or None where there are no locks.
-    Raises UserError if another process has locked it, or it is none of ours."""
-    if fcntl is None:
-        return None
-
-    while True:
-        file = open_lock(path)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = f"process {file.read() or 'unknown'}"
-            file.close()
-            message = f"--out {path.parent} is in use by {holder}: name another"
-            raise UserError(message) from None
-        except OSError as error:  # a network file system, for example
-            path.unlink()
-            file.close()
-            reason = f"its file system has no locks ({error.strerror})"
-            print(f"--out {path.parent}: {reason}, start no second run in it")
-            return None
-
-        # A run that ended in the meantime has removed this file. Another process may
-        # hold the new one.
-        if is_at(path, file):
-            file.truncate(0)
-            return file
-        file.close()
-
-
-def open_lock(path):
-    """The file of a lock, open to be read and written. Raises UserError if it is a link
-    or anything else that must not be written over."""
-    try:
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
-        file = os.fdopen(os.open(path, flags, 0o666), "r+")
-    except OSError:
-        if path.is_symlink() or path.exists():
-            raise UserError(f"{path} is no lock of a run: remove it") from None
-        raise
-
-    found = os.fstat(file.fileno())
-    is_plain = stat.S_ISREG(found.st_mode) and found.st_nlink <= 1
-    content = file.read(100) if is_plain else None
-    if not is_plain or not (content == "" or content.isdigit()):
-        file.close()
-        raise UserError(f"{path} is no lock of a run: remove it")
-
-    file.seek(0)
-    return file
-
-
-def is_at(path, file):
-    """Whether an open file is the one at `path`."""
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
-    except FileNotFoundError:
-        return False
+        os.close(file)
 
 
 def remove_leftovers(folder):

@@ -10,7 +10,6 @@
 import argparse
 import io
 import math
-import os
 import re
 import shlex
 import sys
@@ -361,7 +360,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_training(
 def test_a_folder_that_another_run_holds_is_refused_by_name(tiny, capsys, tmp_path):
     out = folder.check_folder(tmp_path / "out")
     with folder.hold(out):
-        words = f"--out {out} is in use by process {os.getpid()}: name another"
+        words = f"{out} is in use by another process: name another folder"
         assert refused(tiny, capsys, words) == ""
     run([*SHORT, *tiny], capsys)
 

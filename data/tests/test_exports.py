@@ -247,7 +247,7 @@ def test_of_two_exports_at_once_the_second_is_refused(state, tmp_path):
         write(tmp_path, config_json="1", weights="2")
     with exports.export_folder(tmp_path) as new:
         (new / "config.json").write_text("3")
-        words = f"folder {tmp_path} is in use by another process: name another"
+        words = f"^{tmp_path} is in use by another process: name another folder$"
         with pytest.raises(UserError, match=words):
             write(tmp_path, config_json="4")
     assert content_of(tmp_path) == {"config.json": "3"}
