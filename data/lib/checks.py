@@ -312,11 +312,11 @@ def check_student(student, setup):
     try:
         check_length(student, config.block_size, getattr(torch, config.dtype))
     except ValueError as error:
-        remedy = ""
+        message = f"--model {name}: {error}"
         with suppress(ValueError):
             check_length(student, config.block_size, torch.float32)
-            remedy = ": take --dtype float32"
-        raise UserError(f"--model {name}: {error}{remedy}") from None
+            message = f"{message.rstrip('.')}: take --dtype float32"
+        raise UserError(message) from None
 
     names, share = exact_matrices(student)
     if not names:

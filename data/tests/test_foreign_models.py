@@ -696,7 +696,7 @@ def test_a_model_that_does_not_take_its_block_is_refused():
 
 def fail_in_less_than_float32(model, ids):
     if torch.is_autocast_enabled("cpu"):
-        raise RuntimeError("Index put requires dtypes that match")
+        raise RuntimeError("Index put requires dtypes that match.")
 
 
 def test_a_model_that_takes_its_block_in_float32_alone_is_refused_with_this_remedy():
