@@ -20,11 +20,22 @@ WORK = ".export-????????"  # the folder in which an export is made
 
 
 def check_target(path):
-    """Raises UserError if something stands at `path` that no export wrote."""
-    folder = Path(path)
-    if os.path.lexists(folder) and not folder.is_dir():
-        raise UserError(f"{folder} is no folder: name a new one")
+    """Raises UserError if something stands at `path` that no export wrote, or another
+    export writes there."""
+    if is_folder(path):
+        with alone_in(path):
+            check_files(Path(path))
 
+
+def is_folder(path):
+    """Whether a folder stands at `path`. Raises UserError if anything else does."""
+    if os.path.lexists(path) and not os.path.isdir(path):
+        raise UserError(f"{path} is no folder: name a new one")
+    return os.path.isdir(path)
+
+
+def check_files(folder):
+    """Raises UserError if a file in the folder was written by no export."""
     sums = listed(folder)
     for file in folder.rglob("*"):
         name = file.relative_to(folder).as_posix()
@@ -64,9 +75,8 @@ def export_folder(path):
 
     Raises UserError, before anything is written, if `path` holds what no export wrote,
     or another export writes to it, and if it cannot be written."""
-    check_target(path)
+    fill = replace if is_folder(path) else make
     target = Path(os.path.realpath(path))
-    fill = replace if target.exists() else make
     try:
         with fill(target) as folder:
             yield folder
@@ -97,6 +107,7 @@ def make(target):
 def replace(target):
     """Does it for a folder that is there."""
     with alone_in(target) as is_alone:
+        check_files(target)
         for work in target.glob(WORK):
             if is_alone and is_work(work):  # of an export that was killed
                 discard(work)

@@ -4,6 +4,7 @@ other programs read in it what the student is."""
 import json
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -248,8 +249,9 @@ def test_of_two_exports_at_once_the_second_is_refused(state, tmp_path):
     with exports.export_folder(tmp_path) as new:
         (new / "config.json").write_text("3")
         words = f"^{tmp_path} is in use by another process: name another folder$"
-        with pytest.raises(UserError, match=words):
-            write(tmp_path, config_json="4")
+        for ask in (exports.check_target, partial(write, config_json="4")):
+            with pytest.raises(UserError, match=words):
+                ask(tmp_path)
     assert content_of(tmp_path) == {"config.json": "3"}
     write(tmp_path, config_json="4")
 
