@@ -41,13 +41,13 @@ The whole method, from a text to a packed student, in half a minute:
     for step, loss in tsld.train(student, text, config, teacher):
         print(step, loss)
     for model in (teacher, rounded, student):
-        print(tsld.evaluate(model, new_text, block_size=64))  # nats: 1.3, 1.8, 1.4
+        print(tsld.evaluate(model, new_text, block_size=64))  # 1.32, 1.80, 1.36 nats
     tsld.save_model("student.packed", tsld.pack_model(student))
     ids = tsld.load_model("student.packed").generate(tokens[None, :9], 50)
     print(bytes(ids[0].tolist()).decode(errors="replace"))
 
-Rounding costs half a nat a byte on new text. The student, which starts as its teacher,
-wins nine tenths of it back. (So do other losses: a toy cannot show which is better.)
+Rounding costs half a nat a byte on new text. The student starts as the rounded teacher
+and wins nine tenths of it back. (So do other losses: a toy cannot tell which is best.)
 
 Shapes have B sequences, T tokens, V vocabulary entries, width C and H heads. Tensors
 keep device and dtype unless a docstring says otherwise. Bad arguments raise ValueError.
@@ -76,21 +76,6 @@ class TrainingDiverged(ArithmeticError):
     """The loss or its gradient became NaN or infinite."""
 
 
-def check_ids(ids, vocab_size):
-    """Raises ValueError if ids are no tokens. (A GPU would have to be waited for.)"""
-    if not ids.is_cpu or ids.numel() == 0 or torch.compiler.is_compiling():
-        return
-
-    try:
-        low, high = ids.min().item(), ids.max().item()
-    except RuntimeError:  # under vmap, and in fake tensors, there are no values
-        return
-
-    if ids.dtype != torch.int64 or low < 0 or high >= vocab_size:
-        found = f"{low} to {high} in {ids.dtype}"
-        raise ValueError(f"token ids are int64, 0 to {vocab_size - 1}, not {found}")
-
-
 # ---- 1. Losses -----------------------------------------------------------------------
 # Rounding errors add up. Attention at position n mixes the errors of all positions up
 # to n, and each block hands its errors to the next. The logits stand at the end of that
@@ -100,7 +85,7 @@ def check_ids(ids, vocab_size):
 # of the teacher's entropies, which no student changes:
 #     -Σ_i P^T_i log P^S_i  =  KL(P^T ‖ P^S)  +  entropy of P^T
 
-# Labels; teacher's logits; logits and layers; logits and labels; scaled logits (TSLD).
+# Labels; teacher; teacher and layers; teacher and labels; token-scaled teacher (TSLD).
 LOSSES = ("gt", "logit", "l2l", "logit_gt", "tsld")
 
 
@@ -108,7 +93,7 @@ class Terms(NamedTuple):
     """Three numbers for each token, in nats, float32 whatever the logits were."""
 
     ce_student: torch.Tensor  # (B, T)  -log P^S[y_n], the ground-truth loss
-    ce_teacher: torch.Tensor  # (B, T)  -log P^T[y_n], the teacher's doubt
+    ce_teacher: torch.Tensor  # (B, T)  -log P^T[y_n], its doubt; -∞ marks padding
     kd: torch.Tensor  # (B, T)  -Σ_i P^T_ni log P^S_ni, the distillation loss
 
 
@@ -140,8 +125,8 @@ def per_token_terms(student_logits, teacher_logits, targets):
 
 def mean_over_tokens(values, terms):
     """The mean of values, (B, T), over the tokens that count."""
-    counts = terms.ce_teacher != -math.inf
-    return values.sum() / counts.sum().clamp(min=1)
+    is_real = terms.ce_teacher != -math.inf
+    return values.sum() / is_real.sum().clamp(min=1)
 
 
 def token_scale(ce_teacher, temperature=10.0):
@@ -149,8 +134,8 @@ def token_scale(ce_teacher, temperature=10.0):
 
     The softmax runs over the T tokens of one sequence, not over vocabulary or batch:
     (B, T), in nats -> (B, T), each row sums to 1. At τ = 1 the weights are proportional
-    to 1 / P^T[y_n]. At τ = ∞ (math.inf) all are 1 / T, which is logit distillation. No
-    gradient flows through them. Padding weighs 0."""
+    to 1 / P^T[y_n]. At τ = ∞ (math.inf) they are equal: without padding, that is logit
+    distillation. No gradient flows through them. Padding weighs 0."""
     if not temperature > 1e-30:  # below it, float32 would overflow
         raise ValueError(f"the temperature must be above 1e-30, not {temperature}")
 
@@ -166,14 +151,14 @@ def tsld_loss(terms, temperature=10.0, gt_weight=0.0):
     Its gradient for the student's logits at token n is w_n (P^S_n - P^T_n) / B. The
     scale says how hard a token pulls, not where to.
 
-    Where the teacher is sure of the true token, P^T_n is nearly the label: to follow it
-    is to learn the text by heart. Where the true token surprises it, P^T_n spreads over
-    what else could follow, which no label tells. TSLD gives this more weight.
+    Where the teacher is sure of the true token, P^T_n is nearly the label: imitating it
+    is learning by heart. Where the true token surprises it, P^T_n spreads over what
+    else could follow, which no label tells. TSLD gives this more weight.
 
     gt_weight adds gt_weight · mean(ce_student). The authors' program sums over its
-    batch of 4, and adds the ground truth: up to a factor, a gt_weight of 0.25."""
+    batch of 4 and adds mean(ce_student): 4 times this loss at a gt_weight of 0.25."""
     w = token_scale(terms.ce_teacher, temperature)  # (B, T), each row sums to 1
-    loss = (w * terms.kd).sum() / w.sum().clamp(min=1)
+    loss = (w * terms.kd).sum() / w.sum().clamp(min=1)  # w.sum(): B, but for padding
     return loss + gt_weight * mean_over_tokens(terms.ce_student, terms)
 
 
@@ -261,7 +246,7 @@ def ternarize(weight, granularity="tensor"):
         α = mean of |w| where |w| > Δ
 
     weight: (out, in), any float dtype. Returns codes, int8 (out, in), and the scale,
-    float32 (1, 1) or (out, 1). A row of zeros has codes 0 and, as its own scale, 0."""
+    float32 (1, 1) or (out, 1). With "channel", a row of zeros has the scale 0."""
     dims = _shared_dimensions(granularity)
     w = weight.detach().float()
 
@@ -278,7 +263,7 @@ def quantize_int4(weight, granularity="tensor"):
 
         low = min(w, 0)    high = max(w, 0)    scale = (high - low) / 15
         zero_point = round(-low / scale)
-        codes = round(w / scale) + zero_point, clamped to 0 ... 15
+        codes = round(w / scale) + zero_point, both clamped to 0 ... 15
 
     The range includes 0, so a weight of 0 stays exactly 0. Returns codes, uint8, the
     scale, float32, and zero_point, int32, with the shapes that ternarize has."""
@@ -289,7 +274,7 @@ def quantize_int4(weight, granularity="tensor"):
     high = w.amax(dims, keepdim=True).clamp(min=0)
     scale = (high - low) / 15
 
-    divisor = torch.where(scale > 0, scale, 1.0)  # zeros alone: 0 / 1, and not 0 / 0
+    divisor = torch.where(scale > 0, scale, 1.0)  # zeros alone: 0 / 1, not 0 / 0
     zero_point = (-low / divisor).round().clamp(0, 15).to(torch.int32)
     codes = (w / divisor).round() + zero_point
     return codes.clamp(0, 15).to(torch.uint8), scale, zero_point
@@ -366,7 +351,7 @@ def quantize_model(model, bits=2, granularity="tensor", skip=()):
     kept += [getattr(model, "lm_head", None), getattr(model, "head", None)]
     exact = {m for top in kept if isinstance(top, nn.Module) for m in top.modules()}
     for module in modules.values():
-        is_norm = type(module).__name__.endswith("Norm")
+        is_norm = type(module).__name__.endswith("Norm")  # they share no base class
         if is_norm or isinstance(module, nn.Embedding):
             exact.add(module)
     spared = {p for module in exact for p in module.parameters(recurse=False)}
@@ -390,6 +375,7 @@ def quantize_model(model, bits=2, granularity="tensor", skip=()):
     covered = spared | quantized
     named = model.named_parameters()
     others = {n: p.numel() for n, p in named if p.dim() > 1 and p not in covered}
+
     if others:
         left = sum(others.values())
         share = left / (left + sum(weight.numel() for weight in quantized))
@@ -402,6 +388,21 @@ def quantize_model(model, bits=2, granularity="tensor", skip=()):
 # ---- 3. GPT --------------------------------------------------------------------------
 # GPT-2 (Radford et al., 2019): learned positions, a norm before each sublayer, biases,
 # tanh GELU, and a head tied to the token embedding. Names are the published weights'.
+
+
+def check_ids(ids, vocab_size):
+    """Raises ValueError for bad token ids on a CPU. (To look at them stalls a GPU.)"""
+    if not ids.is_cpu or ids.numel() == 0 or torch.compiler.is_compiling():
+        return
+
+    try:
+        low, high = ids.min().item(), ids.max().item()
+    except RuntimeError:  # under vmap, and in fake tensors, there are no values
+        return
+
+    if ids.dtype != torch.int64 or low < 0 or high >= vocab_size:
+        found = f"{low} to {high} in {ids.dtype}"
+        raise ValueError(f"token ids are int64, 0 to {vocab_size - 1}, not {found}")
 
 
 @contextmanager
@@ -462,7 +463,8 @@ class Attention(nn.Module):
         if trace:
             scores = q @ k.mT / math.sqrt(q.shape[-1])
 
-        # The fused product. Its backward pass in bfloat16 is slow on CPUs.
+        # The fused product, in float32 on CPUs, where bfloat16 is slow. Its mask begins
+        # at key 0, so that one token after cached ones has to go without it.
         if x.is_cpu and q.element_size() == 2:
             q, k, v = q.float(), k.float(), v.float()
         dropout = self.dropout if self.training else 0.0
@@ -687,12 +689,13 @@ def backward(student, teacher, ids, targets, config):
     dtype = getattr(torch, config.dtype)
     total = torch.zeros((), device=ids.device)
 
-    for part in torch.stack((ids, targets)).chunk(config.accumulate, dim=1):
+    parts = config.accumulate
+    for x, y in zip(ids.chunk(parts), targets.chunk(parts)):
         with torch.autocast(ids.device.type, dtype, enabled=dtype != torch.float32):
-            loss = training_loss(student, teacher, *part, config)
+            loss = training_loss(student, teacher, x, y, config)
 
         # The batch's loss is the mean over its parts, which are of equal size.
-        loss = loss / config.accumulate
+        loss = loss / parts
         loss.backward()
         total += loss.detach()
     return total
@@ -701,8 +704,8 @@ def backward(student, teacher, ids, targets, config):
 def train(
     student, tokens, config, teacher=None, optimizer=None, start=0, backward=backward
 ):
-    """Trains the student in place on random pieces of a text. A generator: each step is
-    made when (step, loss) is asked for, the step counted from 1, the loss its batch's.
+    """Trains the student in place on random pieces of a text. A generator of (step,
+    loss), from step 1 on: nothing runs, no check either, before a step is asked for.
 
     student, teacher: modules that give logits (B, T, V) for ids (B, T), as GPT does.
     tokens: int64 (n,), on the CPU. The loss "gt" needs no teacher.
@@ -760,6 +763,7 @@ def check_training(student, tokens, config, teacher, block_size):
     B, parts = config.batch_size, config.accumulate
     if B < 1 or parts < 1 or B % parts:
         raise ValueError(f"no equal parts: batch_size {B}, accumulate {parts}")
+
     if not 1 <= block_size < len(tokens):
         raise ValueError(f"block_size {block_size} does not fit {len(tokens)} tokens")
 
@@ -835,7 +839,7 @@ def unpack_ternary(packed, in_features):
 
 
 def ternary_matmul(x, packed, scale, bias=None):
-    """x @ (scale · codes).T + bias, from the packed bytes: the definition.
+    """x @ (scale · codes).T + bias, from the packed bytes. Faster code must agree.
 
     An output adds the inputs whose code is +1, subtracts those whose code is -1, and is
     multiplied by its scale. (Attention, norms, GELU and output head still multiply.)
@@ -895,29 +899,31 @@ def pack_model(model):
         if isinstance(layer, QuantLinear) and layer.bits == 2:
             check_plain(name, layer)
             layers[name] = layer
+
     if not layers:
         raise ValueError("there is no 2-bit QuantLinear to pack: see quantize_model")
 
     packed = {}  # once for each weight, which two layers may share
     for name, layer in layers.items():
-        if layer.weight not in packed:
-            codes, scale = ternarize(layer.weight, layer.granularity)
-            packed[layer.weight] = pack_ternary(codes), scale
+        key = layer.weight, layer.granularity
+        if key not in packed:
+            codes, scale = ternarize(*key)
+            packed[key] = pack_ternary(codes), scale
 
         bias = None if layer.bias is None else layer.bias.detach()
-        ternary = PackedLinear(layer.in_features, *packed[layer.weight], bias)
+        ternary = PackedLinear(layer.in_features, *packed[key], bias)
         model.set_submodule(name, ternary)
     return model.requires_grad_(False).eval()
 
 
-# A file holds codes, float32 vectors (scales, biases, norms) and float16 embeddings. Of
-# GPT-2 small's 101 MB these take 79: it had 498, so it shrinks 5 times and not 16.
+# A file holds codes, float32 vectors (scales, biases, norms) and float16 embeddings.
+# GPT-2 small's has 101 MB, 79 of them embeddings: from 498 it shrinks 5 times, not 16.
 
 PACKED_FORMAT = "tsld packed 4"
 
 
 def config_of(model):
-    """What says which model it is, beyond the shapes of its tensors: a dict or None."""
+    """The configuration as a dict. None if it is no dataclass."""
     config = getattr(model, "config", None)
     return asdict(config) if is_dataclass(config) else None
 
@@ -958,13 +964,14 @@ def save_model(path, model):
 def load_model(path, into=None):
     """Reads what save_model wrote, onto the CPU, in eval mode, with nothing to train.
 
-    into: the module to fill if it is no GPT, with its dtype. Raises CheckpointError,
-    and runs no code, for anything but such a model. `into` may then be half filled."""
+    into: the module to fill if it is no GPT, with its dtype, and alike in all that its
+    config, a dataclass, does not say. Raises CheckpointError, and runs no code, for
+    anything but such a model. `into` may then be half filled."""
     with open(path, "rb") as file:
         try:
             sizes = [entry.file_size for entry in zipfile.ZipFile(file).infolist()]
             if sum(sizes) > Path(path).stat().st_size:
-                raise ValueError("its content is larger than the file")
+                raise ValueError("its content is larger than the file")  # a zip bomb
 
             # weights_only: no code in the file is run.
             file.seek(0)
@@ -982,7 +989,7 @@ def fill(content, model):
     config, tensors = content["config"], content["tensors"]
 
     for name, tensor in tensors.items():
-        # A view may claim any size.
+        # An expanded view claims gigabytes that a few bytes stand for.
         if not tensor.is_contiguous() or as_stored(name, tensor).dtype != tensor.dtype:
             raise ValueError(f"{name} is not as save_model stores it")
 

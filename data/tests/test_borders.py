@@ -264,6 +264,15 @@ def test_a_weight_under_two_names_is_packed_once_and_loads_again(tmp_path):
     assert tsld.load_model(path, model)(x).equal(packed(x))
 
 
+def test_a_weight_with_two_granularities_is_packed_as_each_layer_has_it():
+    model = tsld.quantize_model(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
+    model[1].weight = model[0].weight
+    model[1].granularity = "channel"
+    expected = [layer.dequantized() for layer in model]
+    packed = [layer.dequantized() for layer in tsld.pack_model(model)]
+    torch.testing.assert_close(packed, expected)
+
+
 # --------------------------------------------------------------------------------------
 # Training
 
