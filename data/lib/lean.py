@@ -145,8 +145,8 @@ def lean_loss(
 
 
 def check_output(model, hidden, head, targets):
-    """Raises ValueError, which names the model, if its logits are not of the targets'
-    shape, or it has none."""
+    """Raises ValueError, which names the model, if its hidden states and its head make
+    no logits for these targets."""
     if hidden.shape[:-1] != targets.shape:
         shapes = f"{tuple(hidden.shape)}, and the targets {tuple(targets.shape)}"
         raise ValueError(f"the {model}'s hidden states have shape {shapes}")

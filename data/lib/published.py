@@ -231,9 +231,9 @@ def save_gpt2(model, folder, dtype=torch.float32, end_of_text=None):
 
 
 def check_fits(model, dtype):
-    """Raises ValueError if a weight is not finite in the dtype, or if the largest one
-    of a linear layer's row changes by more than a rounding. In such a row no code of a
-    quantized layer stands for what it did."""
+    """Raises ValueError if a weight is not finite in the dtype, or if one of a linear
+    layer changes there by more than a rounding of the largest in its row: the codes of
+    a quantized layer would no longer stand for what they did."""
     layers = set()
     for name, layer in model.named_modules(remove_duplicate=False):
         is_linear = type(layer) is nn.Linear and layer is not model.lm_head
