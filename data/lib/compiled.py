@@ -25,6 +25,7 @@ def load(source):
     is_arm = platform.machine() in ("arm64", "aarch64")
     processor = "-mcpu=native" if is_arm else "-march=native"
     command = [*compiler, "-O3", processor, "-fPIC", "-shared"]
+    command.append("-fno-tree-ter")  # GCC would store sums that fit into registers
 
     try:
         return load_or_compile(source, [*command, "-fopenmp"])

@@ -72,14 +72,14 @@ typedef float table __attribute__((vector_size(4 << 2 * CODES))); /* 16, or 4 */
        index          0000   0001    0011    0100     0101            0111       ...
        table entry    0      x[i]    -x[i]   x[i+1]   x[i+1]+x[i]   x[i+1]-x[i]  ...
 
-   Each thread makes the tables once, for all its rows. One look-up and one addition
-   deal with W rows, whose codes stand side by side: in blocks of 64 rows come the first
-   4 bytes, which is one word of 16 codes, of each row, then the next 4 bytes of each,
-   and so on. The lowest bits of a register of words are the indices for the first
-   column (or two). Shifted, they are those for the next; the bits above do not matter.
-   After four codes nothing is shifted: the words are read again, one byte further. */
+   One look-up and one addition deal with W rows, whose codes stand side by side: of 64
+   rows come the first 4 bytes of each, which is one word of 16 codes, then the next 4
+   bytes of each, and so on. The lowest bits of a register of words are the indices for
+   the first column (or two). Shifted, they are those for the next; bits above do not
+   matter. After four codes the words are read again, one byte further. */
 
 enum { ROWS = 64, R = 4 }; /* rows side by side; registers of words, and of sums */
+typedef struct { floats of[R]; } sums;
 typedef struct {
     const unsigned char *codes; /* (out / 64, in / 16, 64, 4), and 4 bytes behind it */
     const float *scale, *bias;  /* (1,) or (out,); (out,), or NULL */
@@ -93,15 +93,12 @@ typedef struct {
 #define table_of(a, b) {0, a, 0, -a}
 #endif
 
-/* The sums of 4 W rows, from the first of their codes on. Inlined, for in a function of
-   its own the sums would be in memory, where others could see them. */
-static inline __attribute__((always_inline)) void add_up(
-    const unsigned char *codes, const volatile table *entries, long in, floats sums[R])
+/* The sums of 4 W rows with `in` columns more, from the first of their codes on. */
+static sums add_up(const unsigned char *codes, const volatile table *t, long in, sums y)
 {
     for (long i = 0; i < in; i += 16, codes += 4 * ROWS) {
         for (int r = 0; r < R; r++)
             __builtin_prefetch(codes + 8 * 4 * ROWS + r * sizeof(words));
-
         #pragma GCC unroll 1
         for (int byte = 0; byte < 4; byte++) {
             words index[R]; /* volatile: what is read stays in a register */
@@ -109,15 +106,16 @@ static inline __attribute__((always_inline)) void add_up(
                 index[r] = *(const volatile words *)(codes + byte + r * sizeof(words));
 
             #pragma GCC unroll 4
-            for (int j = 0; j < 4; j += CODES, entries++) {
-                floats t = read_table(entries);
+            for (int j = 0; j < 4; j += CODES, t++) {
+                floats entries = read_table(t);
                 for (int r = 0; r < R; r++) {
-                    sums[r] += (floats)select(t, index[r]);
+                    y.of[r] += (floats)select(entries, index[r]);
                     index[r] >>= 2 * CODES;
                 }
             }
         }
     }
+    return y;
 }
 
 /* For all threads together. x: (in,); y: (out,), which the result is added to if `adds`
@@ -130,13 +128,19 @@ static void multiply(const linear *layer, const float *x, float *y, int adds,
         tables[i / CODES] = (table)table_of(x[i], x[i + 1]);
 
     #pragma omp for
-    for (long begin = 0; begin < out; begin += R * W) {
-        const unsigned char *block = layer->codes + begin / ROWS * (in / 4) * ROWS;
-        floats sums[R] = {0};
-        add_up(block + begin % ROWS * 4, tables, in, sums);
-        for (int row = 0; row < R * W; row++) {
+    for (long begin = 0; begin < out; begin += ROWS) {
+        const unsigned char *block = layer->codes + begin * (in / 4);
+        union { sums of[ROWS / W / R]; float row[ROWS]; } sum = {0};
+
+        /* 128 columns at a time, whose codes and tables are then near for all rows. */
+        for (long i = 0; i < in; i += 128, block += 128 / 4 * ROWS)
+            for (int k = 0; k < ROWS / W / R; k++)
+                sum.of[k] = add_up(block + k * R * sizeof(words), tables + i / CODES,
+                                   in - i < 128 ? in - i : 128, sum.of[k]);
+
+        for (int row = 0; row < ROWS; row++) {
             long o = begin + row;
-            float scaled = layer->scale[o * layer->step] * sums[row / W][row % W];
+            float scaled = layer->scale[o * layer->step] * sum.row[row];
             y[o] = scaled + (layer->bias ? layer->bias[o] : 0) + (adds ? y[o] : 0);
         }
     }
@@ -196,9 +200,8 @@ static void gelu(float *x, long width)
 /* The attention of the token at position n: for each head the sum, over t = 0 ... n, of
    softmax_t(q . k_t / sqrt d) v_t, in one pass. `most` is the highest score so far,
    `total` the sum of e^(score - most), and y the mean of the values, which a new one
-   moves by its share of the total. A higher score brings the total to its own scale.
-   qkv: (3, H, d), the token's query, key and value; cache: (2, H, S, d), the keys and
-   values of the positions before n, to which the token's own are added; y: (H, d). */
+   moves by its share of the total. qkv: (3, H, d), the token's query, key and value;
+   cache: (2, H, S, d), keys and values of the positions before n, and n's; y: (H, d) */
 static void attend(const float *qkv, float *cache, float *y, long n,
                    long H, long S, long d)
 {
@@ -206,8 +209,7 @@ static void attend(const float *qkv, float *cache, float *y, long n,
     for (long h = 0; h < H; h++) {
         const float *query = qkv + h * d;
         float *mean = y + h * d;
-        float *key = cache + h * S * d;
-        float *value = key + H * S * d;
+        float *key = cache + h * S * d, *value = key + H * S * d;
         for (long i = 0; i < d; i++) {
             key[n * d + i] = query[H * d + i];
             value[n * d + i] = query[2 * H * d + i];
@@ -268,9 +270,8 @@ typedef struct {
 void token_step(const gpt *model, float *cache, float *logits, float *work, long token,
                 long n, long n_layer, long H, long C, long V, long S, long threads)
 {
-    float *x = work;      /* (C,), to which each layer adds */
-    float *y = x + C;     /* (C,) */
-    float *inner = y + C; /* (4 C,) */
+    float *x = work, *y = x + C; /* (C,) each; each layer adds to x */
+    float *inner = y + C;        /* (4 C,) */
     table *tables = (table *)(inner + 4 * C);
 
     #pragma omp parallel num_threads(threads)
@@ -292,7 +293,6 @@ void token_step(const gpt *model, float *cache, float *logits, float *work, long
             gelu(inner, 4 * C);
             multiply(&block->c_down, inner, x, 1, tables, C, 4 * C);
         }
-
         normalize(&model->ln_f, x, y, C);
         if (logits)
             half_product(model->lm_head, y, logits, V, C);
