@@ -1,12 +1,12 @@
 """The numbers of the page that a run leaves. page.py makes the page of them."""
 
-import copy
 import math
 
 import torch
 
 import tsld
 from data.lib import transcript
+from data.lib.checks import quantized_copy
 from data.lib.origin import how_it_was_made
 from data.lib.page import FORMAT, PAPERS
 from data.lib.resumable import first_blocks, kl_to_teacher
@@ -114,8 +114,8 @@ def look_at_matrix(args, teacher, trained):
     if args.bits != 2:
         return None
 
-    layers = tsld.quantize_model(copy.deepcopy(teacher)).named_modules()
-    name = next(name for name, m in layers if isinstance(m, tsld.QuantLinear))
+    student = quantized_copy(teacher, 2, args.granularity, args.model)
+    name = next(n for n, m in student.named_modules() if type(m) is tsld.QuantLinear)
     before = teacher.get_submodule(name).weight.float().cpu()
     after = trained[f"{name}.weight"].float()
 

@@ -21,7 +21,7 @@ from torch import nn
 
 import train_small
 import tsld
-from data.lib import checks, hf, linear
+from data.lib import checks, hf, linear, report
 from data.lib.checkpoints import architecture
 from data.lib.devices import check_memory
 from data.lib.errors import UserError
@@ -667,6 +667,15 @@ def setup_of(**changes):
         student=replace(config, **changes),
         device=torch.device("cpu"),
     )
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_run_does_not_repeat_what_stays_exact_as_a_warning_of_python():
+    args = SimpleNamespace(bits=2, granularity="tensor", model="m")
+    model = Small()
+    checks.quantized_copy(model, 2, "tensor", "m")
+    look = report.look_at_matrix(args, model, model.state_dict())
+    assert look["name"] == "inner.block.linear"
 
 
 def test_a_run_says_what_stays_exact_and_refuses_more_than_a_little(capsys):
