@@ -347,6 +347,18 @@ def test_settings_of_0_are_refused_with_their_values(changes):
         next(tsld.train(micro_gpt(), TEXT, config, micro_gpt()))
 
 
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_an_infinite_loss_stops_the_training_though_its_gradient_is_finite(bad):
+    def backward(student, *rest):
+        for parameter in student.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        return torch.tensor(bad)
+
+    steps = tsld.train(micro_gpt(), TEXT, BRIEF, micro_gpt(), backward=backward)
+    with pytest.raises(tsld.TrainingDiverged, match=f"loss {bad}, .* of norm 0"):
+        next(steps)
+
+
 def test_blocks_of_one_token_are_trained_on_and_scored():
     config = tsld.TrainConfig(steps=1, batch_size=2, block_size=1)
     model = micro_gpt()
