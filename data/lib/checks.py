@@ -101,17 +101,23 @@ def check_numbers(model):
 
 
 def check_tied(model):
-    """Raises ValueError if a model of transformers has two weights where its settings
-    make them one, as it does if its files hold both. Other programs make them one."""
+    """Makes one weight of two where the settings of a model of transformers say so, and
+    its files hold both. Raises ValueError if they differ."""
     if not hasattr(model, "get_expanded_tied_weights_keys"):  # before transformers 5
         return
 
     weights = dict(model.named_parameters(remove_duplicate=False))
     tied = model.get_expanded_tied_weights_keys(all_submodels=True)
     for name, other in tied.items():
-        if weights.get(name) is not weights.get(other):
+        weight, same = weights.get(name), weights.get(other)
+        if weight is same:
+            continue
+
+        if weight is None or same is None or not torch.equal(weight, same):
             words = f"its settings make one weight of {name} and {other}, which differ"
             raise ValueError(f"{words}: set tie_word_embeddings to false")
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, same)
 
 
 # --------------------------------------------------------------------------------------
